@@ -1,0 +1,12 @@
+"""Imported by the fork server of `preload="megatron"`: the device layer, then Megatron's core."""
+
+import mindspeed.device
+
+mindspeed.device.install("cpu")
+
+import megatron.core  # noqa: E402
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
+import megatron.core.models.gpt.gpt_model  # noqa: E402
+import megatron.core.optimizer  # noqa: E402
+import megatron.core.pipeline_parallel  # noqa: E402
+import megatron.core.tensor_parallel  # noqa: E402,F401
