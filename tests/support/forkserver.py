@@ -146,7 +146,7 @@ def serve(fd: int, preload: Sequence[str]) -> None:
         select.select([channel, wake_read], [], [])
         for pid, code in _reap(wake_read):
             children.discard(pid)
-            tell(exited=pid, code=code)
+            tell(exited=pid, code=code, at=time.monotonic())
         if not select.select([channel], [], [], 0)[0]:
             continue
         chunk = channel.recv(65536)

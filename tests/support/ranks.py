@@ -40,6 +40,7 @@ PRELOADS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "torch.distributed", "numpy", "pytest", "support.rank_child"),
     "megatron": ("torch", "torch.distributed", "support.preload_megatron", "support.rank_child"),
 }
+CAUSES = ("killed", "error", "timeout")  # a status is seldom the consequence of a later one
 SETTLE_S = 0.25  # the rank that failed first may be the second whose exit is seen
 STACK_S = 0.3  # for a hung rank to write its stacks before it is killed
 
@@ -73,7 +74,8 @@ class RankError(AssertionError):
 
     def __init__(self, outcomes: Sequence[Outcome]) -> None:
         failed = [outcome for outcome in outcomes if outcome.status not in ("ok", "stopped")]
-        first = min(failed, key=lambda outcome: (outcome.status == "timeout", outcome.at))
+        # Peers see the closed sockets of a killed rank before its death is reported.
+        first = min(failed, key=lambda outcome: (CAUSES.index(outcome.status), outcome.at))
         others = [f"rank {o.rank}: {o.status} {o.error}" for o in outcomes if o is not first]
         parts = [
             f"rank {first.rank} of {len(outcomes)} failed first ({first.status}): {first.error}",
@@ -235,7 +237,7 @@ class _Watch:
         rank = self.running.pop(event["exited"], None)
         if rank is None:
             return False
-        self.codes[rank] = (event["code"], time.monotonic())
+        self.codes[rank] = (event["code"], event["at"])
         if event["code"] != 0:
             (self.directory / f"dead-{rank}").touch()
         return event["code"] != 0
