@@ -1,0 +1,224 @@
+"""Saving and loading through Megatron's distributed checkpoint.
+
+    <folder>/latest_checkpointed_iteration.txt      the newest complete step
+    <folder>/iter_0000020/train_state.json          written last: step, world size, configuration
+    <folder>/iter_0000020/metadata.json, common.pt, *.distcp
+
+A checkpoint is written under a temporary name and renamed when complete, so an interrupted save
+never leaves something that looks like a checkpoint, and never harms an older one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mindspeed.train.state import (
+    STATE_FILE,
+    TRACKER_FILE,
+    CheckpointError,
+    checkpoint_folder,
+    compare,
+    read_state,
+)
+
+if TYPE_CHECKING:
+    from mindspeed.train.trainer import Trainer
+
+
+@dataclass
+class PendingSave:
+    """A save that may still be running in another process.
+
+    Attributes:
+        path: the folder the checkpoint will have when complete.
+    """
+
+    path: Path
+    _poll: Callable[[bool], bool] = field(default=lambda wait: True)
+
+    def done(self, wait: bool = False) -> bool:
+        """Whether the checkpoint is complete; with `wait`, only returns when it is."""
+        return self._poll(wait)
+
+
+def bare(chunk: nn.Module) -> nn.Module:
+    """The model inside its wrappers."""
+    from mindspeed.train.model import unwrap
+
+    return unwrap(chunk)
+
+
+def save(trainer: Trainer, folder: Path, *, asynchronous: bool) -> PendingSave:
+    """Writes the trainer's state below `folder`; every rank takes part."""
+    from megatron.core import dist_checkpointing
+
+    target = folder / f"iter_{trainer.step_count:07d}"
+    partial = folder / f".{target.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    record = _state_record(trainer)
+    request = dist_checkpointing.save(
+        _state_dict(trainer, loading=False),
+        str(partial),
+        async_sharded_save=asynchronous,
+        content_metadata=_metadata(trainer, for_storage=True),
+    )
+
+    def publish() -> None:
+        if dist.get_rank() == 0:
+            _publish(partial, target, record)
+        dist.barrier()
+
+    if request is None:
+        publish()
+        return PendingSave(target)
+    request.add_finalize_fn(publish)
+    return PendingSave(target, _schedule(request))
+
+
+def _schedule(request: Any) -> Callable[[bool], bool]:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+
+    def poll(wait: bool) -> bool:
+        if queue.get_num_unfinalized_calls():
+            queue.maybe_finalize_async_calls(blocking=wait)
+        if queue.get_num_unfinalized_calls():
+            return False
+        queue.close()
+        return True
+
+    return poll
+
+
+def _publish(partial: Path, target: Path, record: dict[str, Any]) -> None:
+    (partial / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+    tracker = target.parent / TRACKER_FILE
+    fresh = tracker.with_suffix(".new")
+    fresh.write_text(f"{record['step']}\n")
+    os.replace(fresh, tracker)
+
+
+def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
+    """Reads the newest state into the trainer; every rank takes part.
+
+    Raises:
+        CheckpointError: see `Trainer.load`.
+    """
+    from megatron.core import dist_checkpointing
+
+    path = checkpoint_folder(folder)
+    record = read_state(path)
+    compare(record, trainer.config, trainer.world_size, reshard=reshard)
+    same_layout = _layout(record["config"], record["world_size"]) == _layout(
+        trainer.config.flat(), trainer.world_size
+    )
+    wanted = _state_dict(trainer, loading=True)
+    if not same_layout:
+        del wanted["rng_state"]
+    try:
+        loaded = dist_checkpointing.load(wanted, str(path))
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    for key, chunk in _chunk_keys(trainer):
+        bare(chunk).load_state_dict(loaded[key])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    # Loading adds the stored steps to those already counted.
+    trainer.scheduler.num_steps = 0
+    trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if same_layout:
+        _set_random_state(loaded["rng_state"])
+    return int(record["step"])
+
+
+def _layout(flat: dict[str, Any], world_size: int) -> tuple[Any, ...]:
+    sizes = [flat[name] for name in sorted(flat) if name.endswith("parallel_size")]
+    return world_size, *sizes
+
+
+def _state_record(trainer: Trainer) -> dict[str, Any]:
+    import megatron.core
+
+    import mindspeed
+
+    return {
+        "step": trainer.step_count,
+        "consumed_samples": trainer.step_count * trainer.num_samples_per_step,
+        "world_size": trainer.world_size,
+        "config": trainer.config.flat(),
+        "versions": {
+            "mindspeed": mindspeed.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _metadata(trainer: Trainer, *, for_storage: bool) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    metadata: dict[str, Any] = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    if not for_storage:
+        metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return metadata
+
+
+def _chunk_keys(trainer: Trainer) -> list[tuple[str, nn.Module]]:
+    if len(trainer.chunks) == 1:
+        return [("model", trainer.chunks[0])]
+    return [(f"model{index}", chunk) for index, chunk in enumerate(trainer.chunks)]
+
+
+def _state_dict(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    metadata = _metadata(trainer, for_storage=False)
+    state: dict[str, Any] = {
+        key: bare(chunk).sharded_state_dict(metadata=metadata)
+        for key, chunk in _chunk_keys(trainer)
+    }
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(
+        state, is_loading=loading, metadata=metadata
+    )
+    state["opt_param_scheduler"] = trainer.scheduler.state_dict()
+    state["rng_state"] = _random_state()
+    return state
+
+
+def _random_state() -> Any:
+    """Every rank's generators, as one object a rank."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    mine = {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
+    return ShardedObject("rng_state", mine, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_random_state(mine: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(mine["torch"])
+    get_cuda_rng_tracker().set_states(mine["tracker"])

@@ -1,0 +1,386 @@
+"""One rank of a training job: the library that the command line and the tests share.
+
+    config = TrainConfig.of(num_layers=4, tensor_model_parallel_size=2)
+    with Trainer(config) as trainer:
+        losses = [result.loss for result in trainer.run(10)]
+
+Every rank builds its own `Trainer` with the same configuration; torch.distributed is initialised by
+the caller, or by the trainer for a world of one. Results are equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mindspeed.train import checkpoint, parallel
+from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
+from mindspeed.train.config import TrainConfig
+from mindspeed.train.level import activate_level
+from mindspeed.train.meter import StepMeter
+from mindspeed.train.validate import check
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, equal on every rank.
+
+    Attributes:
+        step: 1 for the first step of the job, also after a resume.
+        loss: mean cross entropy per token of the global batch.
+        grad_norm: norm of the whole gradient before clipping; nan when a step was skipped.
+        lr: the rate this step was taken with.
+        loss_scale: the fp16 loss scale, 1 otherwise.
+        skipped: gradients overflowed, no parameter changed.
+        tokens: tokens of the global batch.
+        step_time_s: wall time of the slowest rank.
+        saved_bytes: most bytes held for backward at one time, on the rank with most.
+        peak_bytes: highest memory of a rank's process or device so far.
+        stop: some rank asked to stop at this step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+    tokens: int
+    step_time_s: float
+    saved_bytes: int
+    peak_bytes: int
+    stop: bool
+
+
+class Trainer:
+    """Model, optimizer, schedule and batches of one rank.
+
+    Args:
+        config: equal on every rank.
+        source: training samples; counting sequences by default.
+        valid_source: samples for `evaluate`; the training samples by default.
+        measure_memory: meter the bytes saved for backward in each step (costs about a percent).
+
+    Raises:
+        ConfigError: the configuration does not fit the number of ranks.
+        RuntimeError: another trainer is open in this process.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: SampleSource | None = None,
+        valid_source: SampleSource | None = None,
+        *,
+        measure_memory: bool = False,
+    ) -> None:
+        self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
+        self.world_size = dist.get_world_size()
+        self._handle: Any = None
+        self._open = False
+        try:
+            check(config, self.world_size)
+            self.config = config
+            self._handle = activate_level(config)
+            parallel.initialize(config)
+            self._open = True
+            self._build(source, valid_source, measure_memory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(
+        self, source: SampleSource | None, valid: SampleSource | None, measure_memory: bool
+    ) -> None:
+        from megatron.core import parallel_state
+
+        from mindspeed.train.model import build_chunks, wrap_chunks
+        from mindspeed.train.optim import build_optimizer, build_scheduler
+
+        config = self.config
+        self.step_count = 0
+        self._pending_save: checkpoint.PendingSave | None = None
+        self.num_microbatches = config.num_microbatches(self.world_size)
+        self.num_samples_per_step = config.global_batch_size(self.world_size)
+        self.device = _device()
+        bare = [chunk.to(self.device) for chunk in build_chunks(config)]
+        self.meter = StepMeter(bare, self.device, on=measure_memory)
+        self.chunks = wrap_chunks(config, bare)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.scheduler = build_scheduler(config, self.optimizer, self.num_samples_per_step)
+        self._connect_schedule()
+        source = source or SyntheticSamples(
+            config.model.seq_length, config.model.vocab_size, config.seed
+        )
+        batches = partial(
+            MicroBatches,
+            micro_batch_size=config.batch.micro_batch_size,
+            rank=parallel_state.get_data_parallel_rank(),
+            copies=parallel_state.get_data_parallel_world_size(),
+            device=self.device,
+        )
+        self._train_batches = batches(source)
+        self._valid_batches = batches(valid if valid is not None else source)
+        # One rank of each copy of the model reports its loss.
+        self._reports_loss = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    def _connect_schedule(self) -> None:
+        """Hands the schedules the hooks they call on the optimizer and the wrappers."""
+        from megatron.core.distributed import finalize_model_grads
+
+        optim = self.config.optim
+        core = self.chunks[0].config
+        core.finalize_model_grads_func = finalize_model_grads
+        core.grad_scale_func = self.optimizer.scale_loss
+
+        def hooks(name: str) -> Any:
+            methods = [getattr(chunk, name) for chunk in self.chunks]
+            return methods if len(methods) > 1 else methods[0]
+
+        if optim.overlap_grad_reduce:
+            core.no_sync_func = hooks("no_sync")
+            if optim.align_grad_reduce and len(self.chunks) > 1:
+                core.grad_sync_func = hooks("start_grad_sync")
+        if optim.overlap_param_gather and optim.align_param_gather and len(self.chunks) > 1:
+            core.param_sync_func = hooks("start_param_sync")
+
+    def run(
+        self, steps: int, on_step: Callable[[StepResult], None] | None = None
+    ) -> list[StepResult]:
+        """Takes `steps` optimizer steps; fewer if a rank asks to stop.
+
+        Args:
+            steps: how many.
+            on_step: called after each step, on every rank.
+        """
+        results = []
+        for _ in range(steps):
+            result = self.train_step()
+            results.append(result)
+            if on_step is not None:
+                on_step(result)
+            if result.stop:
+                break
+        return results
+
+    def train_step(self, *, stop: bool = False) -> StepResult:
+        """One optimizer step over the global batch.
+
+        Args:
+            stop: this rank wants to stop; every rank then sees `stop` in the same step's result.
+        """
+        start = time.perf_counter()
+        lr = self.optimizer.param_groups[0]["lr"]
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with self.meter.step():
+            reports = self._forward_backward(
+                self._train_batches, self.step_count * self.num_microbatches
+            )
+        loss_scale = float(self.optimizer.get_loss_scale())
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.scheduler.step(increment=self.num_samples_per_step)
+        self.step_count += 1
+        loss_sum, tokens = self._sums(reports)
+        facts = self._gather(
+            loss_sum,
+            tokens,
+            float(stop),
+            time.perf_counter() - start,
+            self.meter.saved_bytes,
+            self.meter.peak_bytes(),
+        )
+        total = facts.sum(0).tolist()
+        most = facts.amax(0).tolist()
+        if self._pending_save is not None and self._pending_save.done():
+            self._pending_save = None
+        return StepResult(
+            step=self.step_count,
+            loss=total[0] / max(total[1], 1.0),
+            grad_norm=math.nan if grad_norm is None else float(grad_norm),
+            lr=float(lr),
+            loss_scale=loss_scale,
+            skipped=not updated,
+            tokens=int(total[1]),
+            step_time_s=most[3],
+            saved_bytes=int(most[4]),
+            peak_bytes=int(most[5]),
+            stop=total[2] > 0,
+        )
+
+    def evaluate(self, iters: int | None = None) -> float:
+        """Mean cross entropy per token of the first `iters` validation batches.
+
+        Args:
+            iters: global batches to read; `eval_iters` of the configuration by default.
+        """
+        iters = self.config.batch.eval_iters if iters is None else iters
+        for chunk in self.chunks:
+            chunk.eval()
+        loss_sum = tokens = 0.0
+        with self.whole_parameters(), torch.no_grad():
+            for index in range(iters):
+                start = index * self.num_microbatches
+                reports = self._forward_backward(self._valid_batches, start, forward_only=True)
+                sums = self._sums(reports)
+                loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+        for chunk in self.chunks:
+            chunk.train()
+        total = self._gather(loss_sum, tokens).sum(0).tolist()
+        return float(total[0] / max(total[1], 1.0))
+
+    def _forward_backward(
+        self, batches: MicroBatches, start: int, forward_only: bool = False
+    ) -> list[dict[str, Tensor]]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        iterators: list[Iterator[Any]] = [batches.iterate(start) for _ in self.chunks]
+        reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=self.num_microbatches,
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.batch.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return reports
+
+    def _sums(self, reports: list[dict[str, Tensor]]) -> tuple[float, float]:
+        if not self._reports_loss:
+            return 0.0, 0.0
+        both = torch.stack([report["lm loss"] for report in reports]).double().sum(0)
+        return float(both[0]), float(both[1])
+
+    def _gather(self, *values: float) -> Tensor:
+        """All ranks' values, [world_size, len(values)], in double precision on the host."""
+        mine = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu()
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, parameters are complete: an overlapped gather is finished and held back."""
+        hooked = self.config.optim.overlap_param_gather
+        for chunk in self.chunks if hooked else ():
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in self.chunks if hooked else ():
+            chunk.enable_forward_pre_hook()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's parameters by name, as they are now (views)."""
+        out = {}
+        for index, chunk in enumerate(self.chunks):
+            prefix = f"{index}." if len(self.chunks) > 1 else ""
+            for name, parameter in checkpoint.bare(chunk).named_parameters():
+                out[prefix + name] = parameter.detach()
+        return out
+
+    def save(self, folder: str | Path, *, asynchronous: bool = False) -> Path:
+        """Writes a complete checkpoint below `folder`; call it on every rank.
+
+        Args:
+            folder: holds one sub-folder for each saved step.
+            asynchronous: return at once and write in another process; the checkpoint appears
+                under its name when complete, at a later step or at `close`.
+
+        Returns:
+            The folder of this checkpoint.
+        """
+        self.finish_save()
+        with self.whole_parameters():
+            pending = checkpoint.save(self, Path(folder), asynchronous=asynchronous)
+        self._pending_save = pending if asynchronous else None
+        return pending.path
+
+    def finish_save(self) -> None:
+        """Waits for an asynchronous save."""
+        if self._pending_save is not None:
+            self._pending_save.done(wait=True)
+            self._pending_save = None
+
+    def load(self, folder: str | Path, *, reshard: bool = False) -> int:
+        """Continues from the newest checkpoint in `folder`, or from a checkpoint itself.
+
+        Args:
+            folder: what `save` got or what it returned.
+            reshard: allow another number of ranks or another split of the model; random states
+                then start anew from the seed.
+
+        Returns:
+            The step it continues from.
+
+        Raises:
+            CheckpointError: nothing readable there, or it does not fit and `reshard` is off.
+        """
+        with self.whole_parameters() if self.step_count else nullcontext():
+            self.step_count = checkpoint.load(self, Path(folder), reshard=reshard)
+        return self.step_count
+
+    def close(self) -> None:
+        """Ends asynchronous saves, removes Megatron's groups and undoes the level's patches."""
+        if self._open:
+            self._open = False
+            self.finish_save()
+            parallel.destroy()
+        if self._handle is not None:
+            self._handle.undo()
+            self._handle = None
+        if self._owns_world and dist.is_initialized():
+            self._owns_world = False
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None:
+            # The other ranks may be gone: waiting for them would hide the error.
+            self._pending_save = None
+        self.close()
+
+
+def _forward_step(iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> Any:
+    batch = next(iterator)
+    # No mask is passed: the causal one belongs to the layer, and a kernel may never build it.
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(_loss, batch["loss_mask"])
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over tokens and their count; the schedule divides."""
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(losses.reshape(-1).float() * mask)
+    tokens = mask.sum()
+    report = torch.stack([loss.detach(), tokens])
+    return loss, tokens.detach().clone().to(torch.int), {"lm loss": report}
+
+
+def _device() -> torch.device:
+    from mindspeed import device
+
+    descriptor = device.current()
+    if descriptor is None or descriptor.type == "cpu":
+        return torch.device("cpu")
+    return torch.device(descriptor.type, torch.accelerator.current_device_index())
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cpu") if dist.get_backend() == "gloo" else _device()
