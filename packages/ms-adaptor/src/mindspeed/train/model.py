@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mindspeed.train.config import TrainConfig
@@ -32,7 +33,6 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=config.precision.bf16,
         fp16=config.precision.fp16,
-        deallocate_pipeline_outputs=True,
         **_shape_options(config),
         **_parallel_options(config),
         **_expert_options(config),
@@ -81,6 +81,8 @@ def _parallel_options(config: TrainConfig) -> dict[str, Any]:
         "expert_tensor_parallel_size": sizes.expert_tensor_parallel_size,
         "overlap_p2p_comm": overlap,
         "batch_p2p_comm": not overlap,
+        # gloo reads an output while it is being sent; an overlapped send may still need it.
+        "deallocate_pipeline_outputs": not (overlap and dist.get_backend() == "gloo"),
     }
 
 
