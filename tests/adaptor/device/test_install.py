@@ -1,0 +1,227 @@
+"""The import hook in fresh interpreters: scope, order, cache, undo."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mindspeed.device import describe
+
+
+def python(code, cwd=None, **env):
+    """Run code in a new interpreter; returns what it printed."""
+    merged = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore", **env}
+    merged = {name: value for name, value in merged.items() if value != "unset"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=merged,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def fake_megatron(tmp_path):
+    """A package named megatron with one rewritten and one plain module."""
+    package = tmp_path / "megatron"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "uses.py").write_text("import torch\nwhere = 'cuda'\ndef f(): return 'cuda'\n")
+    (package / "plain.py").write_text("x = 1\n")
+    return tmp_path
+
+
+def test_names_that_are_no_device_are_refused():
+    with pytest.raises(ValueError, match="'tpu'.*one of cpu, npu, cuda"):
+        describe("tpu")
+
+
+def test_the_environment_variable_chooses(monkeypatch):
+    monkeypatch.setenv("MS_DEVICE", "cpu")
+    assert describe().type == "cpu"
+    assert "MS_DEVICE" in describe().because
+    monkeypatch.setenv("MS_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="MS_DEVICE"):
+        describe()
+
+
+def test_an_npu_without_torch_npu_says_so():
+    with pytest.raises(RuntimeError, match="torch_npu cannot be imported"):
+        describe("npu")
+
+
+def test_only_megatron_sees_the_device(fake_megatron):
+    (fake_megatron / "other.py").write_text("where = 'cuda'\nimport torch; t = torch.cuda\n")
+    out = python(
+        """
+        import torch
+        kept = {n: id(v) for m in (torch, torch.cuda, torch.distributed) for n, v in vars(m).items()}
+        tensor_type, cuda = torch.Tensor.type, torch.Tensor.cuda
+        import mindspeed.device as d
+        print(d.install("cpu").backend)
+        import megatron.uses, other
+        print(megatron.uses.where, megatron.uses.f(), other.where, other.t is torch.cuda)
+        print(torch.cuda.is_available(), torch.Tensor.type is tensor_type, torch.Tensor.cuda is cuda)
+        now = {n: id(v) for m in (torch, torch.cuda, torch.distributed) for n, v in vars(m).items()}
+        print({n for n in kept if kept[n] != now.get(n)})
+        """,
+        cwd=fake_megatron,
+    )
+    assert out.splitlines() == ["gloo", "cpu cpu cuda True", "False True True", "set()"]
+
+
+def test_installing_twice_is_one_installation_and_uninstalling_gives_cuda_back(fake_megatron):
+    out = python(
+        """
+        import sys, mindspeed.device as d
+        before = list(sys.meta_path)
+        first = d.install("cpu")
+        assert d.install() is first and len(sys.meta_path) == len(before) + 1
+        import megatron.uses as m
+        d.uninstall(); d.uninstall()
+        assert sys.meta_path == before and d.current() is None
+        print(m.f())
+        d.install("cpu")
+        print(m.f())
+        """,
+        cwd=fake_megatron,
+    )
+    assert out.split() == ["cuda", "cpu"]
+
+
+def test_another_device_needs_the_first_to_go(fake_megatron):
+    out = python(
+        """
+        import mindspeed.device as d
+        d.install("cpu")
+        try: d.install("cuda")
+        except RuntimeError as e: print(e)
+        """,
+        cwd=fake_megatron,
+    )
+    assert "'cpu' is installed, got 'cuda'" in out
+
+
+def test_megatron_imported_before_is_named(fake_megatron):
+    out = python(
+        """
+        import megatron.plain, megatron.uses, mindspeed.device as d
+        try: d.install("cpu")
+        except RuntimeError as e: print(e)
+        """,
+        cwd=fake_megatron,
+    )
+    assert "before Megatron" in out
+    assert out.endswith("already imported: megatron.uses")
+
+
+def test_on_cuda_nothing_is_installed(fake_megatron):
+    out = python(
+        """
+        import sys, megatron.uses, mindspeed.device as d
+        before = list(sys.meta_path)
+        d.install("cuda")
+        print(sys.meta_path == before, megatron.uses.f(), d.report().places)
+        """,
+        cwd=fake_megatron,
+    )
+    assert out == "True cuda {}"
+
+
+REWRITES = """
+    import mindspeed.device.finder as f, mindspeed.device as d
+    calls = []
+    rewrite = f.rewrite
+    f.rewrite = lambda *a: calls.append(a[1]) or rewrite(*a)
+    d.install("cpu")
+    import megatron.uses, megatron.plain
+    print(len(calls), megatron.uses.f(), megatron.uses.__spec__.loader.get_source("megatron.uses")
+          == open(megatron.uses.__file__).read())
+"""
+
+
+def test_rewritten_code_is_cached_beside_pythons_own(fake_megatron):
+    run = {"cwd": fake_megatron, "PYTHONDONTWRITEBYTECODE": "unset"}
+    assert python(REWRITES, **run) == "1 cpu True"
+    assert python(REWRITES, **run) == "0 cpu True"
+    cached = {path.name for path in (fake_megatron / "megatron/__pycache__").iterdir()}
+    tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
+    assert f"uses.{tag}.opt-mindspeed1.pyc" in cached
+    assert f"uses.{tag}.pyc" not in cached
+    assert f"plain.{tag}.pyc" in cached
+    source = fake_megatron / "megatron/uses.py"
+    source.write_text(source.read_text() + "# longer\n")
+    assert python(REWRITES, **run) == "1 cpu True"
+
+
+def test_without_a_place_to_write_there_is_no_cache(fake_megatron):
+    # The cache folder's name is taken by a file: not writable, also for root.
+    (fake_megatron / "megatron/__pycache__").write_text("")
+    run = {"cwd": fake_megatron, "PYTHONDONTWRITEBYTECODE": "unset"}
+    before = sorted(fake_megatron.rglob("*"))
+    assert python(REWRITES, HOME=str(fake_megatron), **run) == "1 cpu True"
+    assert python(REWRITES, HOME=str(fake_megatron), **run) == "1 cpu True"
+    assert sorted(fake_megatron.rglob("*")) == before
+
+
+def test_python_without_bytecode_files_has_no_cache_of_ours(fake_megatron):
+    assert python(REWRITES, cwd=fake_megatron) == "1 cpu True"
+    assert not (fake_megatron / "megatron/__pycache__").exists()
+
+
+def test_user_code_compiles_while_the_device_layer_is_on():
+    out = python(
+        """
+        import torch, mindspeed.device as d
+        d.install("cpu")
+        import megatron.core.fusions.fused_bias_swiglu as swiglu
+        f = torch.compile(lambda x: x.sin() + 1, fullgraph=True, backend="aot_eager")
+        x = torch.ones(2, 4, requires_grad=True)
+        print(torch.equal(f(x), x.sin() + 1), torch.cuda.is_available())
+        swiglu.bias_swiglu_impl(x, None).sum().backward()
+        print(x.grad.shape == x.shape)
+        """
+    )
+    assert out.splitlines() == ["True False", "True"]
+
+
+def test_importing_the_device_package_has_no_effect():
+    code = """
+        import sys; path = list(sys.meta_path)
+        import mindspeed.device
+        print(sys.meta_path == path, "megatron" in sys.modules, "torch_npu" in sys.modules)
+    """
+    assert python(code) == "True False False"
+
+
+def test_the_report_names_rewritten_places(fake_megatron):
+    out = python(
+        """
+        import mindspeed.device as d
+        d.install("cpu")
+        import megatron.uses
+        print(d.report().places)
+        """,
+        cwd=fake_megatron,
+    )
+    assert out == "{'megatron.uses': {'K2': 2}}"
+
+
+def test_triton_modules_are_told_there_is_no_cuda():
+    out = python(
+        """
+        import mindspeed.device as d
+        d.install("cpu")
+        import megatron.core.fusions.fused_indices_converter as f
+        from megatron.core import utils
+        print(f._mindspeed_device.cuda.is_available(), utils._mindspeed_device.cuda.is_available())
+        print(f._mindspeed_device.cuda.current_device())
+        """
+    )
+    assert out.split() == ["False", "True", "cpu"]
