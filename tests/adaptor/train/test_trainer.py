@@ -142,3 +142,24 @@ def test_fp16_overflow_skips_and_lowers_the_scale():
     got = run_ranks(fp16_scales, 1, flat, preload="megatron")[0]
     assert got[0] == (2.0**30, True)
     assert got[1][0] == 2.0**29
+
+
+def metered(rank, world_size, flat, measure):
+    with Trainer(TrainConfig.of(**flat)) as trainer:
+        first = trainer.run(2)
+        saved = trainer.measure_saved_bytes() if measure else 0
+        last = trainer.run(2)
+    return [(r.loss, r.grad_norm) for r in first + last], saved, last[0].saved_bytes
+
+
+def test_measuring_saved_bytes_changes_no_step():
+    flat = TINY | {"hidden_dropout": 0.1, "overlap_grad_reduce": True}
+    plain, _, none = run_ranks(metered, 2, flat, False, preload="megatron")[0]
+    curve, saved, reported = run_ranks(metered, 2, flat, True, preload="megatron")[0]
+    assert curve == plain
+    assert none == 0
+    assert reported == saved > 0
+    # Four micro batches follow each other: one of them is the peak, whatever their number.
+    assert saved == run_ranks(
+        metered, 2, flat | {"global_batch_size": 2}, True, preload="megatron"
+    )[0][1]

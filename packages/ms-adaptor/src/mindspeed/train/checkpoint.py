@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mindspeed.train.state import (
     STATE_FILE,
@@ -138,7 +139,7 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
         del wanted["rng_state"]
     try:
         loaded = dist_checkpointing.load(wanted, str(path))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     for key, chunk in _chunk_keys(trainer):
         bare(chunk).load_state_dict(loaded[key])
@@ -147,7 +148,7 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
     trainer.scheduler.num_steps = 0
     trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:
-        _set_random_state(loaded["rng_state"])
+        set_random_state(loaded["rng_state"])
     return int(record["step"])
 
 
@@ -195,6 +196,8 @@ def _chunk_keys(trainer: Trainer) -> list[tuple[str, nn.Module]]:
 
 
 def _state_dict(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
     metadata = _metadata(trainer, for_storage=False)
     state: dict[str, Any] = {
         key: bare(chunk).sharded_state_dict(metadata=metadata)
@@ -204,21 +207,22 @@ def _state_dict(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         state, is_loading=loading, metadata=metadata
     )
     state["opt_param_scheduler"] = trainer.scheduler.state_dict()
-    state["rng_state"] = _random_state()
+    state["rng_state"] = ShardedObject(
+        "rng_state", random_state(), (trainer.world_size,), (dist.get_rank(),)
+    )
     return state
 
 
-def _random_state() -> Any:
-    """Every rank's generators, as one object a rank."""
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+def random_state() -> dict[str, Any]:
+    """This rank's generators: torch's own and those of Megatron's tracker."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    mine = {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
-    return ShardedObject("rng_state", mine, (dist.get_world_size(),), (dist.get_rank(),))
+    return {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
 
 
-def _set_random_state(mine: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    torch.set_rng_state(mine["torch"])
-    get_cuda_rng_tracker().set_states(mine["tracker"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

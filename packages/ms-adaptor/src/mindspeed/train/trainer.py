@@ -27,7 +27,7 @@ from mindspeed.train import checkpoint, parallel
 from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import activate_level
-from mindspeed.train.meter import StepMeter
+from mindspeed.train.meter import peak_bytes
 from mindspeed.train.validate import check
 
 
@@ -44,7 +44,7 @@ class StepResult:
         skipped: gradients overflowed, no parameter changed.
         tokens: tokens of the global batch.
         step_time_s: wall time of the slowest rank.
-        saved_bytes: most bytes held for backward at one time, on the rank with most.
+        saved_bytes: what `measure_saved_bytes` found last, on the rank with most; 0 before.
         peak_bytes: highest memory of a rank's process or device so far.
         stop: some rank asked to stop at this step.
     """
@@ -69,7 +69,6 @@ class Trainer:
         config: equal on every rank.
         source: training samples; counting sequences by default.
         valid_source: samples for `evaluate`; the training samples by default.
-        measure_memory: meter the bytes saved for backward in each step (costs about a percent).
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
@@ -81,8 +80,6 @@ class Trainer:
         config: TrainConfig,
         source: SampleSource | None = None,
         valid_source: SampleSource | None = None,
-        *,
-        measure_memory: bool = False,
     ) -> None:
         self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
         self.world_size = dist.get_world_size()
@@ -94,14 +91,12 @@ class Trainer:
             self._handle = activate_level(config)
             parallel.initialize(config)
             self._open = True
-            self._build(source, valid_source, measure_memory)
+            self._build(source, valid_source)
         except BaseException:
             self.close()
             raise
 
-    def _build(
-        self, source: SampleSource | None, valid: SampleSource | None, measure_memory: bool
-    ) -> None:
+    def _build(self, source: SampleSource | None, valid: SampleSource | None) -> None:
         from megatron.core import parallel_state
 
         from mindspeed.train.model import build_chunks, wrap_chunks
@@ -114,7 +109,7 @@ class Trainer:
         self.num_samples_per_step = config.global_batch_size(self.world_size)
         self.device = _device()
         bare = [chunk.to(self.device) for chunk in build_chunks(config)]
-        self.meter = StepMeter(bare, self.device, on=measure_memory)
+        self.saved_bytes = 0
         self.chunks = wrap_chunks(config, bare)
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer, self.num_samples_per_step)
@@ -187,10 +182,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self.meter.step():
-            reports = self._forward_backward(
-                self._train_batches, self.step_count * self.num_microbatches
-            )
+        first = self.step_count * self.num_microbatches
+        reports = self._forward_backward(self._train_batches, first)
         loss_scale = float(self.optimizer.get_loss_scale())
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
@@ -202,8 +195,8 @@ class Trainer:
             tokens,
             float(stop),
             time.perf_counter() - start,
-            self.meter.saved_bytes,
-            self.meter.peak_bytes(),
+            self.saved_bytes,
+            peak_bytes(self.device),
         )
         total = facts.sum(0).tolist()
         most = facts.amax(0).tolist()
@@ -222,6 +215,26 @@ class Trainer:
             peak_bytes=int(most[5]),
             stop=total[2] > 0,
         )
+
+    def measure_saved_bytes(self) -> int:
+        """Most bytes this rank holds for backward at one time in a step, by a pass of its own.
+
+        The pass reads the next step's batch and throws its gradients away; weights, optimizer and
+        random states stay as they are. Later steps report the number, as their shapes are equal.
+        """
+        from ms_profile.memory import saved_bytes
+
+        random_state = checkpoint.random_state()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        bare = [checkpoint.bare(chunk) for chunk in self.chunks]  # the wrapper hides `buffers`
+        with saved_bytes(exclude=bare) as meter:
+            self._forward_backward(self._train_batches, self.step_count * self.num_microbatches)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        checkpoint.set_random_state(random_state)
+        self.saved_bytes = meter.peak
+        return meter.peak
 
     def evaluate(self, iters: int | None = None) -> float:
         """Mean cross entropy per token of the first `iters` validation batches.
