@@ -67,7 +67,8 @@ class Patch:
         when: expression over the configuration, `device` and `level`; `None` means always.
         versions: the range of megatron-core versions that this patch was checked against.
         probe: `"pkg.module:obj"`, called as `probe(module)` once the target module has been
-            imported: true when the defect is there, false when the patch is not needed.
+            imported: true when the defect is there, false when the patch is not needed. For
+            `stub_module` it is called as `probe(None)` before anything is imported.
         order: place among the patches of one target, lowest first (innermost).
 
     Raises:

@@ -1,0 +1,50 @@
+"""One view of a configuration, whatever it is: a namespace, a mapping, or any object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Config(Mapping[str, Any]):
+    """Read-only values of a configuration, with a default for each name it does not set.
+
+    Args:
+        given: `argparse.Namespace`, a mapping, an object with attributes, or `None` for defaults.
+        defaults: value of every declared name.
+    """
+
+    def __init__(self, given: object, defaults: Mapping[str, Any]) -> None:
+        self._defaults = defaults
+        self._given = given
+        if isinstance(given, (str, bytes, list, tuple)):
+            raise TypeError(
+                f"config must be a namespace, a mapping or an object with attributes, got"
+                f" {type(given).__name__}; parse the command line first"
+            )
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self._given, Mapping):
+            return self._given[name] if name in self._given else self._defaults[name]
+        if self._given is not None and hasattr(self._given, name):
+            return getattr(self._given, name)
+        return self._defaults[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._defaults)
+
+    def __len__(self) -> int:
+        return len(self._defaults)
+
+    def gives(self, name: str) -> bool:
+        """Whether the configuration itself holds a value for `name` that is not the default."""
+        if isinstance(self._given, Mapping):
+            held = name in self._given
+        else:
+            held = self._given is not None and hasattr(self._given, name)
+        return held and not _same(self[name], self._defaults.get(name))
+
+
+def _same(value: Any, default: Any) -> bool:
+    # `1 == True` holds, but a flag that is set to 1 is not the same thing as a switch.
+    return value is default or (type(value) is type(default) and bool(value == default))

@@ -1,0 +1,199 @@
+"""One patched place: resolved, composed from its records, installed, and put back."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
+from typing import Any
+
+from mindspeed.patching import references
+from mindspeed.patching.calls import Tally, can_count, counted
+from mindspeed.patching.errors import PatchError
+from mindspeed.patching.plan import Step
+
+_MISSING = object()
+
+
+def load(reference: str) -> Any:
+    """The object behind `"pkg.module:attr.path"`.
+
+    Raises:
+        PatchError: there is no such module or attribute.
+    """
+    module_name, _, path = reference.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise PatchError(f"cannot load {reference}: {error}") from error
+    return value
+
+
+class Slot:
+    """One target with all patches that concern it.
+
+    Composition starts from the untouched original every time, so that adding a patch never wraps
+    what is wrapped already.
+    """
+
+    def __init__(self, target: str, steps: Sequence[Step]) -> None:
+        self.target = target
+        self.steps = tuple(steps)
+        self.module_name, _, self._path = target.partition(":")
+        self.root = self.module_name.partition(".")[0]
+        self.status = "waiting"
+        self.rebound: list[str] = []
+        self.stale: list[str] = []
+        self.tally: Tally | None = None
+        self._owner: Any = None
+        self._base: Any = _MISSING
+        self._installed: Any = _MISSING
+
+    @property
+    def name(self) -> str:
+        """Last part of the attribute path."""
+        return self._path.rpartition(".")[2]
+
+    def install(self, module: ModuleType, *, fresh: bool) -> None:
+        """Compose and put in place.
+
+        Args:
+            module: the target's module.
+            fresh: whether it was imported just now, so that nobody can hold an older copy.
+
+        Raises:
+            PatchError: the target is not there, or a value does not fit; nothing was changed.
+        """
+        needed = [step for step in self.steps if self._is_needed(step, module)]
+        if not needed:
+            self.status = "not needed"
+            return
+        self._owner = self._find_owner(module)
+        self._base = vars(self._owner).get(self.name, _MISSING)
+        self._check_existence(needed)
+        self.tally = Tally()
+        composed = self._compose(needed)
+        self._find_stale(fresh)
+        self._installed = composed
+        _assign(self._owner, self.name, composed)
+        self.rebound = self._rebind(self._base, composed)
+        self.status = "applied"
+
+    def restore(self) -> None:
+        """Put the original back.
+
+        Raises:
+            PatchError: somebody else has changed the place since; it is left alone.
+        """
+        if self.status != "applied":
+            self.status = "waiting"
+            return
+        current = vars(self._owner).get(self.name, _MISSING)
+        self._rebind(self._installed, self._base)
+        self.status = "waiting"
+        if current is not self._installed:
+            raise PatchError(
+                f"{self.target} was changed by somebody else while it was patched; it now holds"
+                f" {current!r} and was left alone"
+            )
+        _assign(self._owner, self.name, self._base)
+        self._base = self._installed = _MISSING
+
+    def _is_needed(self, step: Step, module: ModuleType) -> bool:
+        return step.patch.probe is None or bool(load(step.patch.probe)(module))
+
+    def _find_owner(self, module: ModuleType) -> Any:
+        owner: Any = module
+        for part in self._path.split(".")[:-1]:
+            inner = vars(owner).get(part, _MISSING)
+            if not isinstance(inner, type):
+                raise PatchError(f"{self.target}: {part!r} is not a class of {owner!r}")
+            owner = inner
+        return owner
+
+    def _check_existence(self, steps: Sequence[Step]) -> None:
+        adds = steps[0].patch.kind == "add"
+        if adds and self._base is not _MISSING:
+            raise PatchError(f"{self.target} exists already; kind 'add' creates new names only")
+        if not adds and self._base is _MISSING:
+            raise PatchError(f"{self.target} does not exist; only kind 'add' may create a name")
+
+    def _compose(self, steps: Sequence[Step]) -> Any:
+        value = _content(self._base)
+        for step in steps:
+            loaded = load(step.patch.value)
+            value = self._wrapped(step, loaded, value) if step.patch.kind == "wrap" else loaded
+        if steps[-1].patch.kind in ("set", "add"):
+            return value
+        assert self.tally is not None
+        if can_count(value):
+            value = counted(value, _content(self._base), self.tally)
+        else:
+            self.tally = None
+        return _like(self._base, value)
+
+    def _wrapped(self, step: Step, wrap: Callable[[Any], Any], value: Any) -> Any:
+        if not callable(value):
+            raise PatchError(f"{self.target} is {value!r}, which cannot be wrapped")
+        wrapped = wrap(value)
+        if not isinstance(wrapped, FunctionType):
+            raise PatchError(
+                f"{step.patch.value} must return a plain function for {self.target}, got"
+                f" {wrapped!r}"
+            )
+        return wrapped
+
+    def _find_stale(self, fresh: bool) -> None:
+        value, own = _content(self._base), (self._owner, self.name)
+        self.stale = []
+        if self._base is _MISSING or not references.can_follow(value):
+            return
+        modules = references.modules_under(self.root)
+        if fresh:
+            modules = [(name, module) for name, module in modules if name == self.module_name]
+        else:
+            self.stale.extend(references.holders_outside(self.root, value))
+        self.stale.extend(references.unreachable(modules, value, own))
+
+    def _rebind(self, old: Any, new: Any) -> list[str]:
+        old, new = _content(old), _content(new)
+        if old is _MISSING or new is _MISSING or not references.can_follow(old):
+            return []
+        places = []
+        for module, key in references.copies(self.root, old):
+            if (module, key) != (self._owner, self.name):
+                vars(module)[key] = new
+                places.append(f"{module.__name__}:{key}")
+        return places
+
+
+def _assign(owner: Any, name: str, raw: Any) -> None:
+    if isinstance(owner, ModuleType):
+        if raw is _MISSING:
+            del vars(owner)[name]
+        else:
+            vars(owner)[name] = raw
+    elif raw is _MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, raw)
+
+
+def _content(raw: Any) -> Any:
+    """The function inside a descriptor, or the object itself."""
+    if isinstance(raw, (staticmethod, classmethod)):
+        return raw.__func__
+    return raw.fget if isinstance(raw, property) else raw
+
+
+def _like(raw: Any, value: Any) -> Any:
+    """`value` as the same kind of class attribute that `raw` is."""
+    if isinstance(value, (staticmethod, classmethod, property)):
+        return value
+    if isinstance(raw, (staticmethod, classmethod)):
+        return type(raw)(value)
+    if isinstance(raw, property):
+        return property(value, raw.fset, raw.fdel, raw.__doc__)
+    return value
