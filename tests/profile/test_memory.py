@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from ms_profile.memory import saved_bytes
 from torch import nn
+
+from ms_profile.memory import saved_bytes
 
 S, B, H, FFN = 12, 3, 16, 40
 TOKENS = S * B

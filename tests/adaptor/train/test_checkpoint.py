@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from support.ranks import RankError, run_ranks
 
 from mindspeed.train import CheckpointError, TrainConfig, Trainer
 from mindspeed.train.state import checkpoint_folder, compare, read_state
+from support.ranks import RankError, run_ranks
 
 TINY = {
     "num_layers": 2,

@@ -1,9 +1,9 @@
 """Every split of the model reaches the losses of the one-process run; Megatron's own features."""
 
 import pytest
-from support.ranks import run_ranks
 
 from mindspeed.train import TrainConfig, Trainer
+from support.ranks import run_ranks
 
 STEPS = 6
 TINY = {
@@ -160,6 +160,7 @@ def test_measuring_saved_bytes_changes_no_step():
     assert none == 0
     assert reported == saved > 0
     # Four micro batches follow each other: one of them is the peak, whatever their number.
-    assert saved == run_ranks(
-        metered, 2, flat | {"global_batch_size": 2}, True, preload="megatron"
-    )[0][1]
+    assert (
+        saved
+        == run_ranks(metered, 2, flat | {"global_batch_size": 2}, True, preload="megatron")[0][1]
+    )

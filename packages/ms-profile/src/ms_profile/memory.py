@@ -11,8 +11,8 @@ Nothing of torch is changed: outside the context no code of this module runs.
 
 Limits, all of `torch.autograd.graph.saved_tensors_hooks`, on which this is built: tensors kept as
 plain attributes of an autograd context are not seen; a non-reentrant checkpoint shows only its
-inputs until it recomputes; code that installs saved-tensor hooks of its own inside the context hides
-its tensors; and a custom backward gets saved parameters without their Python attributes, so do not
+inputs until it recomputes; code that installs saved-tensor hooks of its own inside the context
+hides its tensors; and a custom backward gets saved parameters without their Python attributes, so do not
 meter a step whose backward reads or sets such attributes (fused gradient accumulation does) unless
 its gradients are thrown away.
 """

@@ -37,7 +37,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_parallel_options(config),
         **_expert_options(config),
         **_recompute_options(config),
-        **{name: value for name, value in vars(config.fusion).items()},
+        **vars(config.fusion),
     )
 
 
@@ -136,7 +136,9 @@ def _build_chunk(
     post_process: bool,
 ) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
 
     model = config.model
     chunk: nn.Module = GPTModel(

@@ -64,20 +64,18 @@ def read_state(path: Path) -> dict[str, Any]:
         if not file.is_file() or file.stat().st_size == 0:
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing or empty")
     if not any(file.stat().st_size for file in path.glob("*.distcp")):
-        raise CheckpointError(f"checkpoint {path} is incomplete: it holds no tensor file (*.distcp)")
+        raise CheckpointError(f"checkpoint {path} is incomplete: no tensor file (*.distcp)")
     try:
         record = json.loads((path / STATE_FILE).read_text())
         missing = [key for key in _REQUIRED_KEYS if key not in record]
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {STATE_FILE} is not readable: {error}") from error
+        raise CheckpointError(f"checkpoint {path}: {STATE_FILE} not readable: {error}") from error
     if missing:
         raise CheckpointError(f"checkpoint {path}: {STATE_FILE} lacks {', '.join(missing)}")
     return dict(record)
 
 
-def compare(
-    record: dict[str, Any], config: TrainConfig, world_size: int, *, reshard: bool
-) -> None:
+def compare(record: dict[str, Any], config: TrainConfig, world_size: int, *, reshard: bool) -> None:
     """Raises if the checkpoint does not fit the job.
 
     Raises:

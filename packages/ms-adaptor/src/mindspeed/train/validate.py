@@ -17,17 +17,45 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
 }
 _POSITIVE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "seq_length vocab_size make_vocab_size_divisible_by num_experts moe_ffn_hidden_size "
-    "moe_layer_freq moe_router_topk tensor_model_parallel_size pipeline_model_parallel_size "
-    "virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-    "expert_tensor_parallel_size recompute_num_layers micro_batch_size global_batch_size "
-    "train_iters lr distributed_timeout init_method_std lr_decay_iters eval_interval"
-).split()
-_NOT_NEGATIVE = (
-    "min_lr weight_decay clip_grad lr_warmup_iters eval_iters moe_aux_loss_coeff seed".split()
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "seq_length",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "recompute_num_layers",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "lr",
+    "distributed_timeout",
+    "init_method_std",
+    "lr_decay_iters",
+    "eval_interval",
 )
-_PROBABILITY = "attention_dropout hidden_dropout adam_beta1 adam_beta2".split()
+_NOT_NEGATIVE = (
+    "min_lr",
+    "weight_decay",
+    "clip_grad",
+    "lr_warmup_iters",
+    "eval_iters",
+    "moe_aux_loss_coeff",
+    "seed",
+)
+_PROBABILITY = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
 
 
 class ConfigError(ValueError):
