@@ -1,3 +1,81 @@
 """Fused transformer operators: one reference, several backends, one test body."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from . import activation, norm
+from . import attention as _attention
+from . import rope as _rope
+from .activation import swiglu
+from .attention import attention, attention_backward, causal_mask
+from .norm import rms_norm, rms_norm_with_rstd
+from .registry import (
+    Backend,
+    BackendError,
+    Facts,
+    Kernel,
+    backend,
+    operators,
+    register_backend,
+    report,
+    set_backend,
+    unregister_backend,
+    verdicts,
+)
+from .rope import rope, rope_freqs
+
 __version__ = "0.1.0"
+
+_PREPARE = {
+    "attention": _attention,
+    "rms_norm": norm,
+    "rope": _rope,
+    "swiglu": activation,
+}
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Return one line a backend with its verdict on a call, in the order they are asked.
+
+    Args:
+        op: an operator's name, see `operators()`.
+        *args: the arguments of the call, as the operator takes them.
+        **kwargs: likewise.
+
+    Raises:
+        ValueError: unknown operator, or arguments that the operator refuses.
+    """
+    if op not in _PREPARE:
+        raise ValueError(f"explain: op: got {op!r}, need one of {', '.join(operators())}")
+    room: Any = _PREPARE[op]
+    facts = room.OPERATOR.definition.facts(*room.prepare(*args, **kwargs))
+    lines = [
+        f"{v.backend} (priority {v.priority}): {v.reason or 'can serve'}"
+        for v in verdicts(op, facts)
+    ]
+    return "\n".join(lines)
+
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Facts",
+    "Kernel",
+    "attention",
+    "attention_backward",
+    "backend",
+    "causal_mask",
+    "explain",
+    "operators",
+    "register_backend",
+    "report",
+    "rms_norm",
+    "rms_norm_with_rstd",
+    "rope",
+    "rope_freqs",
+    "set_backend",
+    "swiglu",
+    "unregister_backend",
+    "verdicts",
+]

@@ -1,0 +1,112 @@
+"""How an operator becomes a torch.library custom op.
+
+Each operator is two functional custom ops, `ms::<op>` and `ms::<op>_backward`, whose last
+argument names the backend (empty: choose inside, which is what a trace does). In eager mode a
+call is one dispatcher op with its own autograd formula. Under torch.compile the ops dissolve
+into what the backend runs, so that the compiler fuses it with its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from . import registry
+from .registry import Facts
+
+NAMESPACE = "ms"
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """The parts of an operator.
+
+    The schemas leave out the trailing backend argument. `facts` takes the forward op's arguments,
+    `backward_facts` the backward op's. `fake` and `backward_fake` return outputs of the exact
+    shape, stride and dtype. `save(ctx, inputs, output)` and `grad(ctx, *grads)` are the autograd
+    formula; `grad` calls the backward op through `Operator.backward`.
+    """
+
+    name: str
+    family: str
+    schema: str
+    backward_schema: str
+    facts: Callable[..., Facts]
+    backward_facts: Callable[..., Facts]
+    fake: Callable[..., Any]
+    backward_fake: Callable[..., Any]
+    save: Callable[..., None]
+    grad: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator: `op(*args)` runs it, `op.backward(*args, backend)` its backward."""
+
+    definition: OpDef
+    forward_op: Callable[..., Any]
+    backward_op: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the forward op on the backend chosen now."""
+        if torch.compiler.is_compiling():
+            return self.forward_op(*args, "")
+        name = registry.choose(self.definition.name, self.definition.facts(*args))
+        return self.forward_op(*args, name)
+
+    def backward(self, *args: Any) -> Any:
+        """Run the backward op; the last argument is the backend, empty to choose one."""
+        return self.backward_op(*args)
+
+
+def define_op(definition: OpDef) -> Operator:
+    """Register both custom ops of an operator with fakes, autograd and the transparent rule."""
+    name = definition.name
+    registry.register_operator(name, definition.family)
+    forward = _custom_op(
+        name, definition.schema, _body(name, "forward", definition.facts), definition.fake
+    )
+    _custom_op(
+        f"{name}_backward",
+        definition.backward_schema,
+        _body(name, "backward", definition.backward_facts),
+        definition.backward_fake,
+    )
+    forward.register_autograd(definition.grad, setup_context=definition.save)
+    namespace = getattr(torch.ops, NAMESPACE)
+    return Operator(
+        definition,
+        getattr(namespace, name).default,
+        getattr(namespace, f"{name}_backward").default,
+    )
+
+
+def _body(op: str, direction: str, facts: Callable[..., Facts]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        *inputs, name = args
+        name = name or registry.choose(op, facts(*inputs))
+        return getattr(registry.kernel(op, name), direction)(*inputs)
+
+    return run
+
+
+def _custom_op(
+    name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]
+) -> torch.library.CustomOpDef:
+    arguments, returns = schema.split(" -> ")
+    full = f"{arguments[:-1]}, str backend) -> {returns}"
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=full)
+    op.register_fake(lambda *args: fake(*args[:-1]))
+
+    def dissolve(
+        mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with mode:
+            return body(*args)
+
+    op.register_torch_dispatch(FunctionalTensorMode, dissolve)
+    return op
