@@ -12,7 +12,7 @@ from types import ModuleType, TracebackType
 from mindspeed.patching.errors import PatchError, StalePlanError
 from mindspeed.patching.hooks import ImportHooks
 from mindspeed.patching.plan import Plan, Step, plan
-from mindspeed.patching.slot import Slot, load
+from mindspeed.patching.slot import Slot, find_stale, load
 from mindspeed.patching.source import installed_source, installed_version
 from mindspeed.patching.stubs import StubFinder
 
@@ -73,6 +73,7 @@ class Handle:
         self._hooks = ImportHooks()
         self._waiting: dict[str, list[Slot]] = {}
         self._holds = 0
+        self._last: tuple[Report, tuple[str, ...]] | None = None
 
     @property
     def active(self) -> bool:
@@ -102,6 +103,7 @@ class Handle:
         with _state.lock:
             if not self.active:
                 return
+            self._last = self.report(), self.never_called()
             _state.active = None
             problems = self._take_back()
         if problems:
@@ -134,7 +136,9 @@ class Handle:
             self.plan = plan
 
     def report(self) -> Report:
-        """What became of each target so far."""
+        """What became of each target so far; after `undo`, what had become of it."""
+        if self._last is not None:
+            return self._last[0]
         rows = [_row(slot) for slot in self._slots.values()]
         for step in self.plan.acting:
             if step.patch.kind == "stub_module":
@@ -147,10 +151,12 @@ class Handle:
 
     def calls(self) -> dict[str, int]:
         """Eager calls of every counted target."""
-        return {s.target: s.tally.count for s in self._slots.values() if s.tally is not None}
+        return {r.target: r.calls for r in self.report().rows if r.calls is not None}
 
     def never_called(self) -> tuple[str, ...]:
         """Applied targets that nobody has called; ask after the first training step."""
+        if self._last is not None:
+            return self._last[1]
         return tuple(
             slot.target
             for slot in self._slots.values()
@@ -158,12 +164,18 @@ class Handle:
         )
 
     def _carry_out(self, steps: Iterable[Step]) -> None:
+        ready = []
         for target, group in groupby(steps, key=lambda step: step.patch.target):
             members = tuple(group)
             if members[0].patch.kind == "stub_module":
                 self._stub(members[0])
             else:
-                self._place(target, members)
+                ready.extend(self._place(target, members))
+        for slot in ready:
+            slot.prepare(sys.modules[slot.module_name])
+        find_stale(ready, fresh=None)
+        for slot in ready:
+            slot.commit()
 
     def _stub(self, step: Step) -> None:
         wanted = step.patch.probe is None or load(step.patch.probe)(None)
@@ -171,20 +183,20 @@ class Handle:
             self._stubs.add(step.patch.target, load(step.patch.value))
             self._stubbed.append(step.patch.target)
 
-    def _place(self, target: str, steps: tuple[Step, ...]) -> None:
+    def _place(self, target: str, steps: tuple[Step, ...]) -> list[Slot]:
+        """The slot of a target if it can be patched now, else nothing: it waits, or is done."""
         slot = self._slots.get(target)
         if slot is not None and [_key(s) for s in slot.steps] == [_key(s) for s in steps]:
-            return
-        if slot is not None:
+            return []
+        if slot is None:
+            slot = self._slots[target] = Slot(target, steps)
+        else:
             slot.restore()
             slot.steps = steps
-        else:
-            slot = self._slots[target] = Slot(target, steps)
-        module = sys.modules.get(slot.module_name)
-        if module is None:
-            self._wait(slot)
-        else:
-            slot.install(module, fresh=False)
+        if slot.module_name in sys.modules:
+            return [slot]
+        self._wait(slot)
+        return []
 
     def _wait(self, slot: Slot) -> None:
         waiting = self._waiting.setdefault(slot.module_name, [])
@@ -197,7 +209,10 @@ class Handle:
         slots = self._waiting.get(module.__name__, [])
         try:
             for slot in slots:
-                slot.install(module, fresh=True)
+                slot.prepare(module)
+            find_stale(slots, fresh=module.__name__)
+            for slot in slots:
+                slot.commit()
         except BaseException:
             for slot in slots:
                 slot.restore()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from enum import Enum
 from types import FunctionType, ModuleType
 from typing import Any
@@ -62,52 +62,76 @@ def copies(root: str, value: object) -> list[tuple[ModuleType, str]]:
     ]
 
 
-def holders_outside(root: str, value: object) -> list[str]:
-    """Module variables of other packages that are `value`; they are reported, not changed."""
-    return [
-        f"{name}:{key} (outside {root})"
-        for name, module in _loaded()
-        if not _is_under(name, root)
-        for key, held in list(vars(module).items())
-        if held is value
-    ]
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An original whose holders are looked for.
+
+    Attributes:
+        target: name under which findings are filed.
+        value: the object itself.
+        place: owner and name of the patched place, which is no finding.
+    """
+
+    target: str
+    value: object
+    place: tuple[object, str]
 
 
-def unreachable(
-    modules: Iterable[tuple[str, ModuleType]], value: object, own: tuple[object, str]
-) -> list[str]:
-    """Places that hold `value` where rebinding a name cannot reach it.
+Findings = dict[str, list[str]]
+
+
+def holders_outside(root: str, wanted: Sequence[Wanted]) -> Findings:
+    """Module variables of other packages; they are reported, not changed."""
+    search = _Search(wanted)
+    for name, module in _loaded():
+        if not _is_under(name, root):
+            for key, held in list(vars(module).items()):
+                search.file(held, f"{name}:{key} (outside {root})")
+    return search.findings
+
+
+def unreachable(modules: Iterable[tuple[str, ModuleType]], wanted: Sequence[Wanted]) -> Findings:
+    """Places that hold an original where rebinding a name cannot reach it.
 
     Args:
         modules: where to look.
-        value: the object.
-        own: owner and name of the patched place itself, which is no finding.
+        wanted: the originals, all looked for in one walk.
 
     Returns:
-        Readable places: defaults, closures, subclass bases, class attributes, containers, and
-        fields of data class instances such as `ModuleSpec`.
+        Readable places by target: defaults, closures, subclass bases, class attributes,
+        containers, and fields of data class instances such as `ModuleSpec`.
     """
-    found: list[str] = []
+    search = _Search(wanted)
     for name, module in modules:
+        search.module = name
         for key, held in list(vars(module).items()):
-            if held is not value:
-                found.extend(_inside(held, value, f"{name}:{key}", name, own, _DEPTH))
-    return found
+            if id(held) not in search.wanted:
+                search.inside(held, f"{name}:{key}", _DEPTH)
+    return search.findings
 
 
-def _inside(
-    held: Any, value: object, place: str, module: str, own: tuple[object, str], depth: int
-) -> Iterator[str]:
-    if depth == 0 or isinstance(held, ModuleType):
-        return
-    for part, label in _parts(held, module, own):
-        if part is value:
-            yield f"{place}{label}"
-        else:
-            yield from _inside(part, value, f"{place}{label}", module, own, depth - 1)
+class _Search:
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self.wanted = {id(item.value): item for item in wanted}
+        self.places = {item.place for item in wanted}
+        self.findings: Findings = {}
+        self.module = ""
+
+    def file(self, held: object, place: str) -> bool:
+        item = self.wanted.get(id(held))
+        if item is not None:
+            self.findings.setdefault(item.target, []).append(place)
+        return item is not None
+
+    def inside(self, held: Any, place: str, depth: int) -> None:
+        if depth == 0 or isinstance(held, (ModuleType, str, int)):
+            return
+        for part, label in _parts(held, self.module, self.places):
+            if not self.file(part, place + label):
+                self.inside(part, place + label, depth - 1)
 
 
-def _parts(held: Any, module: str, own: tuple[object, str]) -> Iterator[tuple[Any, str]]:
+def _parts(held: Any, module: str, own: Set[tuple[object, str]]) -> Iterator[tuple[Any, str]]:
     """The objects that `held` refers to, each with a label."""
     if isinstance(held, FunctionType):
         if held.__module__ == module:
@@ -141,9 +165,9 @@ def _function_parts(function: FunctionType) -> Iterator[tuple[Any, str]]:
             continue  # The cell is still empty.
 
 
-def _class_parts(cls: type, own: tuple[object, str]) -> Iterator[tuple[Any, str]]:
+def _class_parts(cls: type, own: Set[tuple[object, str]]) -> Iterator[tuple[Any, str]]:
     for base in cls.__bases__:
         yield base, f" base {base.__qualname__}"
     for key, item in list(vars(cls).items()):
-        if (cls, key) != own:
+        if (cls, key) not in own:
             yield item, f".{key}"

@@ -56,15 +56,11 @@ class Slot:
         """Last part of the attribute path."""
         return self._path.rpartition(".")[2]
 
-    def install(self, module: ModuleType, *, fresh: bool) -> None:
-        """Compose and put in place.
-
-        Args:
-            module: the target's module.
-            fresh: whether it was imported just now, so that nobody can hold an older copy.
+    def prepare(self, module: ModuleType) -> None:
+        """Find the place and compose what goes there; nothing is changed yet.
 
         Raises:
-            PatchError: the target is not there, or a value does not fit; nothing was changed.
+            PatchError: the target is not there, or a value does not fit.
         """
         needed = [step for step in self.steps if self._is_needed(step, module)]
         if not needed:
@@ -74,12 +70,31 @@ class Slot:
         self._base = vars(self._owner).get(self.name, _MISSING)
         self._check_existence(needed)
         self.tally = Tally()
-        composed = self._compose(needed)
-        self._find_stale(fresh)
-        self._installed = composed
-        _assign(self._owner, self.name, composed)
-        self.rebound = self._rebind(self._base, composed)
-        self.status = "applied"
+        self._installed = self._compose(needed)
+        self.status = "prepared"
+
+    @property
+    def original(self) -> Any:
+        """The function or object that the place held before."""
+        return _content(self._base)
+
+    @property
+    def has_original(self) -> bool:
+        """Whether there was one whose copies can be told by identity."""
+        prepared = self.status == "prepared" and self._base is not _MISSING
+        return prepared and references.can_follow(self.original)
+
+    @property
+    def place(self) -> tuple[Any, str]:
+        """Owner and name of the patched place."""
+        return self._owner, self.name
+
+    def commit(self) -> None:
+        """Put the composed object in place, and in place of every by-value copy."""
+        if self.status == "prepared":
+            _assign(self._owner, self.name, self._installed)
+            self.rebound = self._rebind(self._base, self._installed)
+            self.status = "applied"
 
     def restore(self) -> None:
         """Put the original back.
@@ -145,28 +160,39 @@ class Slot:
             )
         return wrapped
 
-    def _find_stale(self, fresh: bool) -> None:
-        value, own = _content(self._base), (self._owner, self.name)
-        self.stale = []
-        if self._base is _MISSING or not references.can_follow(value):
-            return
-        modules = references.modules_under(self.root)
-        if fresh:
-            modules = [(name, module) for name, module in modules if name == self.module_name]
-        else:
-            self.stale.extend(references.holders_outside(self.root, value))
-        self.stale.extend(references.unreachable(modules, value, own))
-
     def _rebind(self, old: Any, new: Any) -> list[str]:
         old, new = _content(old), _content(new)
         if old is _MISSING or new is _MISSING or not references.can_follow(old):
             return []
         places = []
         for module, key in references.copies(self.root, old):
-            if (module, key) != (self._owner, self.name):
+            if (module, key) != self.place:
                 vars(module)[key] = new
                 places.append(f"{module.__name__}:{key}")
         return places
+
+
+def find_stale(slots: Sequence[Slot], fresh: str | None) -> None:
+    """Record, for each prepared slot, who holds its original where rebinding cannot reach.
+
+    Args:
+        slots: prepared, not committed.
+        fresh: name of their module if it was imported just now, so that nobody else can hold a
+            thing of it; `None` looks everywhere.
+    """
+    found: references.Findings = {}
+    wanted = [references.Wanted(s.target, s.original, s.place) for s in slots if s.has_original]
+    for root in {slot.root for slot in slots} if wanted else ():
+        modules = references.modules_under(root)
+        if fresh is None:
+            ours = [item for item in wanted if item.target.partition(".")[0] == root]
+            found.update(references.holders_outside(root, ours))
+        else:
+            modules = [(name, module) for name, module in modules if name == fresh]
+        for target, places in references.unreachable(modules, wanted).items():
+            found.setdefault(target, []).extend(places)
+    for slot in slots:
+        slot.stale = found.get(slot.target, [])
 
 
 def _assign(owner: Any, name: str, raw: Any) -> None:
