@@ -3,8 +3,10 @@
 On CPU this is torch's flash kernel, which never holds the score matrix: it takes grouped heads and
 any strides, returns the log-sum-exp and has a backward op. What it lacks is arranged around it:
 channels of keys and values that differ are padded with zeros, which is exact; a triangle of a
-rectangle that is not aligned to the upper left and boolean masks become an additive mask. Other
-devices run the written-out form.
+rectangle that is not aligned to the upper left and boolean masks become an additive mask.
+Low-precision inputs are upcast for the call: the kernel's own bf16 mode sums the gradients of a
+head group in bf16, so that its error grows with the group, and was not faster where measured.
+Other devices run the written-out form.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import upcast
 from ..registry import Backend, Facts, Kernel
 from . import reference
 from .layout import attend, from_bhsd, sizes, to_bhsd
@@ -31,12 +34,12 @@ def forward(
         return reference.forward(q, k, v, mask, causal, scale, layout)
     query, key, value = _operands(q, k, v, layout)
     is_causal, allowed = _masking(mask, causal, q, k, layout)
-    bias = _additive(allowed, q.dtype)
+    bias = _additive(allowed, query.dtype)
     out, lse = _flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
     if allowed is not None:
         # The kernel gives rows without any key the log-sum-exp 0.
         lse = lse.masked_fill(~_rows(allowed, lse), -math.inf)
-    out = from_bhsd(out[..., : v.shape[-1]], layout).contiguous()
+    out = from_bhsd(out[..., : v.shape[-1]].to(q.dtype), layout).contiguous()
     return out, lse.contiguous()
 
 
@@ -56,17 +59,17 @@ def backward(
     if not _serves(q, k, v):
         return reference.backward(dout, q, k, v, out, lse, mask, causal, scale, layout)
     query, key, value = _operands(q, k, v, layout)
-    y, dy = (_pad(to_bhsd(t, layout), query) for t in (out, dout))
+    y, dy = (_operand(t, layout, query.shape[-1]) for t in (out, dout))
     is_causal, allowed = _masking(mask, causal, q, k, layout)
     if allowed is not None:
         # exp(-inf - 0) is the 0 that a row without any key needs; -inf would give NaN.
         lse = lse.masked_fill(lse == -math.inf, 0.0)
-    bias = _additive(allowed, q.dtype)
+    bias = _additive(allowed, query.dtype)
     grads = _flash_backward(
         dy, query, key, value, y, lse, 0.0, is_causal, attn_mask=bias, scale=scale
     )
     dq, dk, dv = (
-        from_bhsd(g[..., : t.shape[-1]], layout).contiguous()
+        from_bhsd(g[..., : t.shape[-1]].to(t.dtype), layout).contiguous()
         for g, t in zip(grads, (q, k, v), strict=True)
     )
     return dq, dk, dv
@@ -79,19 +82,13 @@ def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, ...]:
     width = max(q.shape[-1], v.shape[-1])
-    return tuple(_last_dense(_pad_to(to_bhsd(t, layout), width)) for t in (q, k, v))
+    return tuple(_operand(t, layout, width) for t in (q, k, v))
 
 
-def _pad(x: Tensor, like: Tensor) -> Tensor:
-    return _last_dense(_pad_to(x, like.shape[-1]))
-
-
-def _pad_to(x: Tensor, width: int) -> Tensor:
+def _operand(x: Tensor, layout: str, width: int) -> Tensor:
+    x = upcast(to_bhsd(x, layout))
     missing = width - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x
-
-
-def _last_dense(x: Tensor) -> Tensor:
+    x = F.pad(x, (0, missing)) if missing else x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

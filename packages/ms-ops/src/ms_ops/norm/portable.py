@@ -1,4 +1,4 @@
-"""RMSNorm for any device: few passes, two row reductions as matrix-vector products.
+"""RMSNorm for any device: few passes over memory, the row reduction as a matrix-vector product.
 
 The temporaries are one compute-dtype tensor in forward and one in backward (two more for the
 upcast of low-precision inputs); none of them outlives the call.
@@ -42,7 +42,7 @@ def backward(
     if casting == "llama" and rows.dtype != x.dtype:
         dweight = (grad * (rows * rstd).to(x.dtype)).sum(0)
     else:
-        dweight = torch.mv(product.t(), rstd.squeeze(-1))
+        dweight = product.mul_(rstd).sum(0)
     correction = rstd.pow(3).mul_(row_dot.unsqueeze(-1)).mul_(-1.0 / size)
     dx = torch.mul(grad, scale).mul_(rstd).addcmul_(rows, correction)
     return dx.to(x.dtype).view(x.shape), dweight.to(weight.dtype).view(weight.shape)
