@@ -23,6 +23,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.moe",
     "mindspeed.features.level0.norm",
     "mindspeed.features.level0.optimizer",
+    "mindspeed.features.level0.pipeline",
     "mindspeed.features.level0.recompute",
     "mindspeed.features.level0.rng",
     "mindspeed.features.level0.transformer_engine",

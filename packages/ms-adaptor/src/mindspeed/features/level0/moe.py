@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mindspeed.patching.records import Feature, Patch
+from mindspeed.patching.records import Feature, Patch, Rule
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,16 @@ FEATURE = Feature(
     name="level0.moe",
     level=0,
     doc="The router and GroupedMLP run without TransformerEngine and grouped_gemm.",
+    rules=(
+        Rule(
+            kind="forbids",
+            left="num_experts and device != 'cuda'",
+            right="add_bias_linear",
+            text="Megatron's own expert MLP adds its bias in place to the output of an autograd "
+            "function, which torch refuses in the first forward",
+            suggestion="Give --disable-bias-linear.",
+        ),
+    ),
     patches=(
         Patch(
             target=f"{_UTILS}:te_general_gemm",

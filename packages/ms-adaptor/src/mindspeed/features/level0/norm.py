@@ -41,7 +41,7 @@ def refuses(module: Any) -> bool:
 def wrap_new(original: Callable[..., Any]) -> Callable[..., Any]:
     """Build :func:`build_norm`'s module; kinds that it does not know go to ``original``."""
 
-    def __new__(  # noqa: N807 -- the name of what it replaces
+    def __new__(
         cls: type,
         config: Any,
         hidden_size: int,

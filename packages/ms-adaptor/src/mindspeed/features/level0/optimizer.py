@@ -90,14 +90,19 @@ def wrap_set_states(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give each parameter a step tensor of its own."""
+    """Give each parameter a step tensor of its own after a load."""
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> Any:
         result = original(self, state_dict)
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
+        own_steps(self.optimizer)
         return result
 
     return load_state_dict
+
+
+def own_steps(optimizer: Any) -> None:
+    """Replace a step tensor shared by parameters by one for each."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"].clone()

@@ -46,7 +46,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     """Read ``fp8`` by its truth instead of by ``is not None``."""
 
     @functools.wraps(original)
-    def __init__(self: Any, fp8: Any = False, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Any, fp8: Any = False, *args: Any, **kwargs: Any) -> None:
         original(self, fp8 or None, *args, **kwargs)
         self.fp8 = bool(fp8)
 
