@@ -59,12 +59,15 @@ def _plain(function: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
 
 
 def _compilable(function: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
-    from torch.compiler import assume_constant_result, is_compiling
+    from torch.compiler import is_compiling
 
-    @assume_constant_result  # type: ignore[untyped-decorator]
     def note_trace() -> bool:
         tally.traced = True
         return True
+
+    # The mark of torch.compiler.assume_constant_result, which would import the whole compiler
+    # (2 s) to set it: the function runs once while tracing and is no part of the graph.
+    note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         # A counter inside a graph would be guarded on, and so recompiled for every call.

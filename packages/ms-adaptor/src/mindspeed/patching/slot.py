@@ -181,12 +181,12 @@ def find_stale(slots: Sequence[Slot], fresh: str | None) -> None:
             thing of it; `None` looks everywhere.
     """
     found: references.Findings = {}
-    wanted = [references.Wanted(s.target, s.original, s.place) for s in slots if s.has_original]
-    for root in {slot.root for slot in slots} if wanted else ():
+    for root in {slot.root for slot in slots if slot.has_original}:
+        members = [slot for slot in slots if slot.has_original and slot.root == root]
+        wanted = [references.Wanted(s.target, s.original, s.place) for s in members]
         modules = references.modules_under(root)
         if fresh is None:
-            ours = [item for item in wanted if item.target.partition(".")[0] == root]
-            found.update(references.holders_outside(root, ours))
+            found.update(references.holders_outside(root, wanted))
         else:
             modules = [(name, module) for name, module in modules if name == fresh]
         for target, places in references.unreachable(modules, wanted).items():
