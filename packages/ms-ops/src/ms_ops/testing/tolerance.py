@@ -88,7 +88,8 @@ def assert_close(
     rtol, atol = STATISTICS[inputs] if kind == "S" else E1[got.dtype]
     rtol *= 2 if kind == "E2" else 1
     wide = got.to(torch.float64)
-    wrong = ~((wide == oracle) | ((wide - oracle).abs() <= atol + rtol * oracle.abs()))
+    near = (wide - oracle).abs() <= atol + rtol * oracle.abs()
+    wrong = ~((wide == oracle) | (near & oracle.isfinite()))
     assert not wrong.any(), (
         f"{name}: {int(wrong.sum())} of {wrong.numel()} elements outside class {kind} "
         f"(rtol {rtol:g}, atol {atol:g}), largest error {max_error(got, oracle):.3g}"

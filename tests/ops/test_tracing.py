@@ -1,0 +1,129 @@
+"""torch's tracers: custom-op checks, torch.compile without graph breaks, what a graph holds."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ms_ops
+from ms_ops import testing
+from ms_ops.activation import reference
+
+BACKENDS = ("portable", "reference")
+PAIRS = {
+    "rms_norm": ("shape(4, 16)", "shape(129, 257)"),
+    "swiglu": ("shape(4, 16)", "shape(65, 514)"),
+    "rope": ("sbnd_halves", "partial_halves"),
+    "attention": ("bshd_causal", "gqa_causal"),
+}
+
+
+def traced():
+    for op, test in testing.OPERATORS.items():
+        for name in test.traced:
+            yield pytest.param(op, name, id=f"{op}-{name}")
+
+
+def has_compiler():
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except Exception:
+        return False
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "name"), list(traced()))
+def test_custom_op_checks(op, name, backend):
+    testing.check_custom_op(op, testing.find_sample(op, name, torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PAIRS)
+def test_compiled_with_dynamic_shapes(op, backend):
+    samples = [testing.find_sample(op, name, torch.float32) for name in PAIRS[op]]
+    testing.check_compiled(op, samples, backend)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="inductor finds no C++ compiler")
+@pytest.mark.parametrize("op", PAIRS)
+def test_compiled_by_inductor(op):
+    samples = [testing.find_sample(op, PAIRS[op][0], torch.float32)]
+    testing.check_compiled(op, samples, "portable", "inductor")
+
+
+@pytest.mark.parametrize("op", PAIRS)
+def test_one_graph_serves_all_sizes(op):
+    torch._dynamo.reset()
+    test = testing.OPERATORS[op]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(test.function, fullgraph=True, dynamic=True, backend=counter)
+    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    for repeats in (2, 3, 5):
+        rows = [a.repeat(*[repeats if i == 1 else 1 for i in range(a.dim())]) for a in sample.args]
+        if op in ("rms_norm", "swiglu"):
+            rows = [sample.args[0].repeat(repeats, 1), *sample.args[1:]]
+        if op == "rope":
+            rows[1:] = sample.args[1:]
+        compiled(*rows, **sample.kwargs)
+    assert counter.frame_count == 1
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", PAIRS)
+def test_eager_call_is_one_dispatcher_op(op):
+    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    with Recorder() as recorder:
+        testing.OPERATORS[op].function(*sample.args, **sample.kwargs)
+    assert recorder.names == [f"ms.{op}.default"]
+
+
+@pytest.mark.parametrize("op", PAIRS)
+def test_compiled_graph_holds_no_opaque_op(op):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    args = [a.detach().requires_grad_(i == 0) for i, a in enumerate(sample.args)]
+    compiled = torch.compile(testing.OPERATORS[op].function, fullgraph=True, backend=backend)
+    out = compiled(*args, **sample.kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    out.backward(torch.randn_like(out))
+    targets = [str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function"]
+    assert len(graphs) == 2
+    assert targets
+    assert not [t for t in targets if t.startswith("ms.")]
+
+
+def test_a_trace_keeps_the_backend_it_was_made_with():
+    torch._dynamo.reset()
+
+    def twice(x, dim):
+        return 2 * reference.forward(x, dim)
+
+    kernels = {"swiglu": ms_ops.Kernel(twice, reference.backward)}
+    ms_ops.register_backend("swiglu", ms_ops.Backend("twice", 500, kernels))
+    x = torch.randn(4, 8)
+    try:
+        compiled = torch.compile(ms_ops.swiglu, backend="aot_eager", fullgraph=True)
+        with ms_ops.backend(swiglu="twice"):
+            inside = compiled(x)
+    finally:
+        ms_ops.unregister_backend("swiglu", "twice")
+    assert torch.equal(compiled(x), inside)
+    torch.testing.assert_close(inside, 2 * ms_ops.swiglu(x))

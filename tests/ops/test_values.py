@@ -1,0 +1,62 @@
+"""Every backend against the fp64 reference: outputs, all gradients, fakes, determinism, errors."""
+
+import pytest
+import torch
+
+import ms_ops
+from ms_ops import testing
+
+BACKENDS = ("portable", "reference")
+
+
+def cases(dtypes):
+    for op, test in testing.OPERATORS.items():
+        for dtype in dtypes:
+            for sample in test.samples(dtype):
+                short = str(dtype).removeprefix("torch.")
+                yield pytest.param(op, dtype, sample.name, id=f"{op}-{short}-{sample.name}")
+
+
+def small():
+    for case in cases([torch.float64]):
+        op, dtype, name = case.values
+        if testing.is_small(testing.find_sample(op, name, dtype)):
+            yield case
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "dtype", "name"), list(cases(testing.DTYPES)))
+def test_values_fakes_and_repetition(op, dtype, name, backend):
+    sample = testing.find_sample(op, name, dtype)
+    testing.check_values(op, sample, backend)
+    testing.check_fake(op, sample, backend)
+    testing.check_deterministic(op, sample, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "dtype", "name"), list(small()))
+def test_finite_differences(op, dtype, name, backend):
+    testing.check_gradients(op, testing.find_sample(op, name, dtype), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", testing.OPERATORS)
+def test_errors(op, backend):
+    testing.check_errors(op, backend)
+
+
+def test_every_operator_is_tested():
+    assert set(testing.OPERATORS) == set(ms_ops.operators())
+
+
+def test_unwritten_places_show():
+    with testing.poisoned_empty():
+        assert torch.empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(4, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(ms_ops.swiglu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
