@@ -139,6 +139,13 @@ def test_bad_command_line(argv, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_help_names_our_command():
+    done = launch("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: mindspeed run ")
+    assert "--nproc-per-node" in done.stdout
+
+
 def test_propagation_is_reversible():
     code = """
 from multiprocessing import spawn

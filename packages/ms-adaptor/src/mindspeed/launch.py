@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from mindspeed.processes import ADAPTOR, propagate
 
+SUMMARY = "Start a Megatron script under the device layer and level 0; the options are torchrun's."
 AS_MODULE = "--module"
 AS_FILE = "--file"
 
@@ -34,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    args = torchrun.parse_args(list(argv))
+    parser = torchrun.get_args_parser()
+    parser.prog, parser.description = "mindspeed run", SUMMARY
+    args = parser.parse_args(list(argv))
     if args.no_python or args.run_path:
         option = "--no-python" if args.no_python else "--run-path"
         print(

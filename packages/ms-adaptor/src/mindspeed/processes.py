@@ -20,7 +20,7 @@ from typing import Any
 ADAPTOR = "mindspeed.megatron_adaptor"
 KEY = "mindspeed"
 
-_original: Callable[[str], dict[str, Any]] | None = None
+_original: Any = None
 
 
 class _Setup:
@@ -38,7 +38,8 @@ def propagate() -> None:
     global _original
     if _original is not None:
         return
-    original = _original = spawn.get_preparation_data
+    original: Callable[[str], dict[str, Any]] = spawn.get_preparation_data
+    _original = original
 
     def get_preparation_data(name: str) -> dict[str, Any]:
         return {**original(name), KEY: _Setup()}
