@@ -17,7 +17,12 @@ TINY = {
     "global_batch_size": 8,
     "train_iters": STEPS,
 }
-EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
+EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "add_bias_linear": False,
+}
 
 
 def losses(rank, world_size, flat, steps=STEPS):

@@ -71,7 +71,7 @@ def save(trainer: Trainer, folder: Path, *, asynchronous: bool) -> PendingSave:
     dist.barrier()
     record = _state_record(trainer)
     request = dist_checkpointing.save(
-        _state_dict(trainer, loading=False),
+        _state_dict(trainer, loading=False, optimizer=record["optimizer"]),
         str(partial),
         async_sharded_save=asynchronous,
         content_metadata=_metadata(trainer, for_storage=True),
@@ -134,7 +134,7 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
     same_layout = _layout(record["config"], record["world_size"]) == _layout(
         trainer.config.flat(), trainer.world_size
     )
-    wanted = _state_dict(trainer, loading=True)
+    wanted = _state_dict(trainer, loading=True, optimizer=record["optimizer"])
     if not same_layout:
         del wanted["rng_state"]
     try:
@@ -143,7 +143,12 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     for key, chunk in _chunk_keys(trainer):
         bare(chunk).load_state_dict(loaded[key])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    if record["optimizer"]:
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        trainer.optimizer.reload_model_params()
+        for scaler, state in zip(_scalers(trainer), loaded["loss_scalers"], strict=True):
+            scaler.load_state_dict(state)
     # Loading adds the stored steps to those already counted.
     trainer.scheduler.num_steps = 0
     trainer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -167,6 +172,8 @@ def _state_record(trainer: Trainer) -> dict[str, Any]:
         "consumed_samples": trainer.step_count * trainer.num_samples_per_step,
         "world_size": trainer.world_size,
         "config": trainer.config.flat(),
+        # As long as every step overflowed, Megatron's optimizer has no state to speak of.
+        "optimizer": trainer.scheduler.num_steps > 0,
         "versions": {
             "mindspeed": mindspeed.__version__,
             "megatron-core": megatron.core.__version__,
@@ -195,7 +202,13 @@ def _chunk_keys(trainer: Trainer) -> list[tuple[str, nn.Module]]:
     return [(f"model{index}", chunk) for index, chunk in enumerate(trainer.chunks)]
 
 
-def _state_dict(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+def _scalers(trainer: Trainer) -> list[Any]:
+    optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    scalers = [getattr(each, "grad_scaler", None) for each in optimizers]
+    return [scaler for scaler in scalers if scaler is not None]
+
+
+def _state_dict(trainer: Trainer, *, loading: bool, optimizer: bool) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     metadata = _metadata(trainer, for_storage=False)
@@ -203,9 +216,11 @@ def _state_dict(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         key: bare(chunk).sharded_state_dict(metadata=metadata)
         for key, chunk in _chunk_keys(trainer)
     }
-    state["optimizer"] = trainer.optimizer.sharded_state_dict(
-        state, is_loading=loading, metadata=metadata
-    )
+    if optimizer:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(
+            state, is_loading=loading, metadata=metadata
+        )
+    state["loss_scalers"] = [scaler.state_dict() for scaler in _scalers(trainer)]
     state["opt_param_scheduler"] = trainer.scheduler.state_dict()
     state["rng_state"] = ShardedObject(
         "rng_state", random_state(), (trainer.world_size,), (dist.get_rank(),)

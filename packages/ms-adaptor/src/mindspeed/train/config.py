@@ -101,7 +101,7 @@ class PrecisionConfig:
     min_loss_scale: float = 1.0
     loss_scale_window: float = 1000.0
     hysteresis: int = 2
-    accumulate_allreduce_grads_in_fp32: bool = True
+    accumulate_allreduce_grads_in_fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ class TrainConfig:
     seed: int = 1234
     optimization_level: int = 0
     distributed_timeout: float = 60.0
+    feature_flags: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, **flat: Any) -> TrainConfig:
@@ -199,6 +200,11 @@ class TrainConfig:
         changed = {name: replace(getattr(self, name), **leaf) for name, leaf in grouped.items()}
         return replace(self, **top, **changed)
 
+    def plan_values(self) -> dict[str, Any]:
+        """What a level's plan reads: every leaf, and the flags of features above level 0."""
+        flat = self.flat()
+        return {**flat, **dict(flat.pop("feature_flags"))}
+
     def flat(self) -> dict[str, Any]:
         """Leaf name to value; tuples stay tuples."""
         out: dict[str, Any] = {}
@@ -209,7 +215,7 @@ class TrainConfig:
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `flat`, also after a trip through JSON (lists become tuples)."""
-        return cls.of(**{k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()})
+        return cls.of(**{name: _frozen(value) for name, value in flat.items()})
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the dense model in `world_size` ranks."""
@@ -241,6 +247,10 @@ class TrainConfig:
         if not model.swiglu:
             return 4 * model.hidden_size
         return -(-8 * model.hidden_size // 3 // 64) * 64
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 @cache

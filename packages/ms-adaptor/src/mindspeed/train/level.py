@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 from mindspeed.train.config import TrainConfig
@@ -31,7 +32,8 @@ def activate_level(config: TrainConfig) -> Any:
     """Installs the device layer and applies the level's plan; must run before Megatron loads.
 
     Returns:
-        The handle whose `undo` takes the patches back.
+        The handle whose `undo` takes the patches back; None when the one-line import has put a
+        plan in force, which then is not ours to take back.
 
     Raises:
         LevelError: the level is unknown or its parts are not installed.
@@ -46,5 +48,6 @@ def activate_level(config: TrainConfig) -> Any:
     from mindspeed import device
 
     device.install()
-    activate = getattr(mindspeed, "activate", None)
-    return None if activate is None else activate(config.flat(), level=level)
+    shared = "mindspeed.megatron_adaptor" in sys.modules
+    handle = mindspeed.activate(config.plan_values(), level=level)
+    return None if shared else handle

@@ -181,9 +181,9 @@ def wrap_chunks(config: TrainConfig, chunks: list[nn.Module]) -> list[nn.Module]
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
-    optim = config.optim
+    optim, precision = config.optim, config.precision
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32,
+        grad_reduce_in_fp32=precision.accumulate_allreduce_grads_in_fp32 or precision.bf16,
         overlap_grad_reduce=optim.overlap_grad_reduce,
         overlap_param_gather=optim.overlap_param_gather,
         align_param_gather=optim.align_param_gather,
@@ -191,7 +191,7 @@ def wrap_chunks(config: TrainConfig, chunks: list[nn.Module]) -> list[nn.Module]
         average_in_collective=optim.ddp_average_in_collective,
         bucket_size=optim.ddp_bucket_size,
     )
-    low = config.precision.bf16 or config.precision.fp16
+    low = precision.bf16 or precision.fp16
     wrapped = []
     for index, chunk in enumerate(chunks):
         core = chunk.config

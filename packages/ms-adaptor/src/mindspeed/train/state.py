@@ -12,7 +12,7 @@ from mindspeed.train.validate import flag
 STATE_FILE = "train_state.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _REQUIRED_FILES = (STATE_FILE, "metadata.json", "common.pt", ".metadata")
-_REQUIRED_KEYS = ("step", "world_size", "config")
+_REQUIRED_KEYS = ("step", "world_size", "config", "optimizer")
 
 # What decides the meaning of the stored tensors; it cannot change at all.
 _MODEL = {name for name, section in section_of_leaf().items() if section in ("model", "moe")}

@@ -1,0 +1,102 @@
+"""`mindspeed train`: the command."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from mindspeed.train.args import Options, UsageError, parse
+from mindspeed.train.level import LevelError, available_levels
+from mindspeed.train.runs import RunPlan, plan_run
+from mindspeed.train.state import CheckpointError
+from mindspeed.train.text import TextError
+from mindspeed.train.tokenizer import TokenizerError
+from mindspeed.train.validate import ConfigError, check
+
+GOOD, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+_USER_ERRORS = (
+    UsageError,
+    ConfigError,
+    CheckpointError,
+    TextError,
+    TokenizerError,
+    LevelError,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains, and returns the exit status.
+
+    Returns:
+        0 done; 1 a rank failed; 2 the command line cannot work, nothing was started or written;
+        130 stopped by Ctrl-C.
+    """
+    try:
+        _need_packages()
+        options = parse(argv)
+        plan, levels = prepare(options)
+    except _USER_ERRORS as error:
+        print(f"mindspeed train: error: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    from mindspeed.train.job import run_job
+
+    return run_job(options, plan, levels)
+
+
+def prepare(options: Options) -> tuple[RunPlan, list[int]]:
+    """Every check that needs no process, and the levels that will train.
+
+    Raises:
+        ValueError: one of this package's errors, with what to do.
+    """
+    from mindspeed.train.data import configured_corpus, with_vocabulary
+
+    levels = _levels(options)
+    plan = plan_run(options)
+    check(plan.config, options.nproc)
+    _, tokenizer = configured_corpus(plan.config)
+    config = with_vocabulary(plan.config, tokenizer)
+    check(config, options.nproc)
+    _check_plans(config, levels)
+    return RunPlan(**{**vars(plan), "config": config}), levels
+
+
+def _levels(options: Options) -> list[int]:
+    asked = options.config.optimization_level
+    reasons = available_levels()
+    if options.compare_levels:
+        usable = [level for level in range(asked + 1) if reasons[level] is None]
+        if len(usable) < 2:
+            raise LevelError(
+                f"--compare-levels needs a level above 0: {reasons[1] or 'ask for one'}"
+            )
+        return usable
+    if reasons[asked] is not None and "optimization_level" in options.given:
+        raise LevelError(f"--optimization-level {asked}: {reasons[asked]}")
+    # Without being asked, the command takes the highest level that is installed, and says so.
+    return [max(level for level in range(asked + 1) if reasons[level] is None)]
+
+
+def _check_plans(config: object, levels: Sequence[int]) -> None:
+    """The rules of every feature, before any process starts."""
+    import mindspeed
+    from mindspeed.train.config import TrainConfig
+
+    assert isinstance(config, TrainConfig)
+    for level in levels:
+        try:
+            mindspeed.plan(config.plan_values(), level)
+        except mindspeed.PlanError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _need_packages() -> None:
+    wanted = {"megatron.core": "megatron-core", "ms_profile": "ms-profile", "torch": "torch"}
+    for module, package in wanted.items():
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise UsageError(f"{package} is not installed: pip install 'mindspeed[train]'")

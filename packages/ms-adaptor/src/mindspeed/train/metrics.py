@@ -1,0 +1,129 @@
+"""The record of a run: one JSON object a step, and a summary for each level."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+# The first steps of a process pay for memory and code that later ones reuse.
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        level: optimization level.
+        step: 1 for the first step of the job.
+        loss: mean cross entropy per token, in nats; null when not finite.
+        grad_norm: norm of the gradient before clipping; null for a skipped step.
+        step_time_s: wall time of the slowest rank.
+        tokens_per_s: tokens of the global batch by that time.
+        saved_bytes: most bytes that a rank holds for backward at one time.
+        peak_bytes: highest memory of a rank so far.
+    """
+
+    level: int
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    step_time_s: float
+    tokens_per_s: float
+    saved_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, level: int, message: Mapping[str, Any]) -> StepRow:
+        """The row of a rank's step message."""
+        seconds = message["step_time_s"]
+        return cls(
+            level=level,
+            step=message["step"],
+            loss=message["loss"],
+            grad_norm=None if message["skipped"] else message["grad_norm"],
+            step_time_s=seconds,
+            tokens_per_s=message["tokens"] / seconds,
+            saved_bytes=message["saved_bytes"],
+            peak_bytes=message["peak_bytes"],
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a level's training came to; times are medians without the first two steps."""
+
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    valid_loss: float | None
+    median_step_time_s: float
+    tokens_per_s: float
+    saved_bytes: int
+    peak_bytes: int
+    speed_up: float | None
+
+
+def summarize(rows: Sequence[StepRow], valid_loss: float | None, speed_up: float | None) -> Summary:
+    """The summary of one level's rows, at least one of them."""
+    timed = rows[WARM_UP_STEPS:] or rows
+    return Summary(
+        steps=rows[-1].step,
+        first_loss=rows[0].loss,
+        last_loss=rows[-1].loss,
+        valid_loss=valid_loss,
+        median_step_time_s=statistics.median(row.step_time_s for row in timed),
+        tokens_per_s=statistics.median(row.tokens_per_s for row in timed),
+        saved_bytes=max(row.saved_bytes for row in rows),
+        peak_bytes=max(row.peak_bytes for row in rows),
+        speed_up=speed_up,
+    )
+
+
+def interleaved_ratio(
+    base: Sequence[StepRow], other: Sequence[StepRow], segment: int
+) -> float | None:
+    """How many times as fast `other` is: the median over pairs of neighbouring segments.
+
+    Args:
+        base: rows of the slower level, in order.
+        other: rows of the faster one, which trained in turns with it.
+        segment: steps of a turn; the first turn only warms up.
+    """
+    ratios = []
+    for start in range(segment, min(len(base), len(other)), segment):
+        pair = [rows[start : start + segment] for rows in (base, other)]
+        slow, fast = (statistics.median(row.step_time_s for row in rows) for rows in pair)
+        ratios.append(slow / fast)
+    return statistics.median(ratios) if ratios else None
+
+
+class MetricsFile:
+    """Writes metrics.jsonl line by line, so that a stopped run leaves a readable file.
+
+    Args:
+        path: the file; a resumed run adds to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a")
+
+    def step(self, row: StepRow) -> None:
+        """Adds one step."""
+        self._write(asdict(row))
+
+    def summary(self, level: int, summary: Summary) -> None:
+        """Adds the last line of a level."""
+        self._write({"level": level, "summary": asdict(summary)})
+
+    def _write(self, value: dict[str, Any]) -> None:
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
