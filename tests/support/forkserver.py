@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import importlib
 import json
+import multiprocessing.util
 import os
 import select
 import signal
@@ -146,6 +147,7 @@ def serve(fd: int, preload: Sequence[str]) -> None:
         select.select([channel, wake_read], [], [])
         for pid, code in _reap(wake_read):
             children.discard(pid)
+            _kill_group(pid)
             tell(exited=pid, code=code, at=time.monotonic())
         if not select.select([channel], [], [], 0)[0]:
             continue
@@ -156,14 +158,26 @@ def serve(fd: int, preload: Sequence[str]) -> None:
         for line in lines:
             request = json.loads(line)
             pid = os.fork()
+            _own_group(pid)
             if pid == 0:
                 _become_rank(request, [channel.fileno(), wake_read, wake_write])
             children.add(pid)
             tell(pid=pid)
     for pid in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        _kill_group(pid)
     os._exit(0)
+
+
+def _own_group(pid: int) -> None:
+    """Make a rank (0: this process) lead a process group, set from both sides of the fork."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)
+
+
+def _kill_group(pid: int) -> None:
+    """End a rank with everything that it started, such as Megatron's checkpoint writers."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _reap(wake_read: int) -> Iterator[tuple[int, int]]:
@@ -187,6 +201,7 @@ def _become_rank(request: dict, inherited: Sequence[int]) -> None:
         from support.rank_child import run_rank
 
         code = run_rank(Path(request["directory"]), request["rank"])
+        multiprocessing.util._exit_function()  # ends the rank's own children, as an exit would
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

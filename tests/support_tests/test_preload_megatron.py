@@ -11,6 +11,7 @@ from support.ranks import run_ranks
 
 def uses_megatron(rank, world_size):
     from megatron.core import parallel_state, tensor_parallel
+
     from mindspeed import device
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)

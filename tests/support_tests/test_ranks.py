@@ -1,10 +1,14 @@
 """run_ranks: values, and what a reader sees when a rank fails, hangs, dies or misbehaves."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -86,6 +90,16 @@ def finishes_at_own_pace(rank, world_size):
     received = torch.empty(4)
     dist.recv(received, 0)
     return received.tolist()
+
+
+def leaves_a_process(rank, world_size, ending, path):
+    process = subprocess.Popen(["sleep", "600"])
+    with open(path, "w") as file:
+        file.write(str(process.pid))
+    if ending == "raises":
+        raise ValueError(ending)
+    if ending == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leaves_unpicklable(rank, world_size):
@@ -217,12 +231,21 @@ def test_no_rank_outlives_its_call():
     assert children_of(server(PRELOADS["torch"])._server.pid) == []
 
 
+@pytest.mark.parametrize("ending", ["returns", "raises", "dies"])
+def test_processes_of_a_rank_end_with_it(ending, tmp_path):
+    with contextlib.suppress(RankError):
+        run_ranks(leaves_a_process, 1, ending, str(tmp_path / "pid"))
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.02)
+
+
 def test_preload_that_fails_says_why():
     with pytest.raises(RuntimeError, match="no_such_module_here"):
         server(("no_such_module_here",))
 
 
 def children_of(pid):
-    import psutil
-
     return psutil.Process(pid).children(recursive=True)
