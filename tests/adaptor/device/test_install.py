@@ -38,7 +38,7 @@ def fake_megatron(tmp_path):
 
 
 def test_names_that_are_no_device_are_refused():
-    with pytest.raises(ValueError, match="'tpu'.*one of cpu, npu, cuda"):
+    with pytest.raises(ValueError, match=r"'tpu'.*one of cpu, npu, cuda"):
         describe("tpu")
 
 
@@ -61,19 +61,21 @@ def test_only_megatron_sees_the_device(fake_megatron):
     out = python(
         """
         import torch
-        kept = {n: id(v) for m in (torch, torch.cuda, torch.distributed) for n, v in vars(m).items()}
+        seen = torch, torch.cuda, torch.distributed
+        kept = {n: id(v) for m in seen for n, v in vars(m).items()}
         tensor_type, cuda = torch.Tensor.type, torch.Tensor.cuda
         import mindspeed.device as d
         print(d.install("cpu").backend)
         import megatron.uses, other
         print(megatron.uses.where, megatron.uses.f(), other.where, other.t is torch.cuda)
-        print(torch.cuda.is_available(), torch.Tensor.type is tensor_type, torch.Tensor.cuda is cuda)
-        now = {n: id(v) for m in (torch, torch.cuda, torch.distributed) for n, v in vars(m).items()}
+        print(torch.cuda.is_available(), torch.Tensor.type is tensor_type)
+        print(torch.Tensor.cuda is cuda)
+        now = {n: id(v) for m in seen for n, v in vars(m).items()}
         print({n for n in kept if kept[n] != now.get(n)})
         """,
         cwd=fake_megatron,
     )
-    assert out.splitlines() == ["gloo", "cpu cpu cuda True", "False True True", "set()"]
+    assert out.splitlines() == ["gloo", "cpu cpu cuda True", "False True", "True", "set()"]
 
 
 def test_installing_twice_is_one_installation_and_uninstalling_gives_cuda_back(fake_megatron):
@@ -225,3 +227,38 @@ def test_triton_modules_are_told_there_is_no_cuda():
         """
     )
     assert out.split() == ["False", "True", "cpu"]
+
+
+FAKE_TORCH_NPU = """
+import torch, types
+torch.npu = types.ModuleType("torch.npu")
+torch.npu.is_available = lambda: True
+torch.npu.current_device = lambda: 3
+"""
+
+
+def test_an_npu_is_found_and_answers_through_torch_npu(fake_megatron):
+    """A stand-in for torch_npu: what is checked is the choice and the routing, not the NPU."""
+    (fake_megatron / "torch_npu.py").write_text(FAKE_TORCH_NPU)
+    (fake_megatron / "megatron/names.py").write_text(
+        "import torch\n"
+        "from torch.cuda import is_current_stream_capturing\n"
+        "backend, kind, where = 'nccl', 'torch.cuda.HalfTensor', f'cuda:{1}'\n"
+        "index = torch.cuda.current_device()\n"
+        "pin = dict(pin_memory=True)\n"
+    )
+    out = python(
+        """
+        import mindspeed.device as d
+        print(d.install(), d.report().fallthrough)
+        import megatron.names as m
+        print(m.backend, m.kind, m.where, m.index, m.pin, d.report().fallthrough)
+        """,
+        cwd=fake_megatron,
+    )
+    first, second = out.splitlines()
+    assert "type='npu', backend='hccl', pin=True" in first
+    assert second == (
+        "hccl torch.npu.HalfTensor npu:1 3 {'pin_memory': True} "
+        "{'is_current_stream_capturing': 'megatron.names'}"
+    )

@@ -229,7 +229,7 @@ class CpuRuntime:
     def synchronize(self, device: Any = None) -> None:
         """Nothing to wait for."""
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def current_stream(self, device: Any = None) -> Any:
         """The only stream."""
         return Stream()
 

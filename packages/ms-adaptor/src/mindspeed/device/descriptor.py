@@ -72,7 +72,8 @@ def npu_problem() -> str | None:
         return str(error)
     import torch
 
-    return None if torch.npu.is_available() else "torch_npu sees no device"
+    npu = getattr(torch, "npu")  # noqa: B009 -- torch_npu adds it
+    return None if npu.is_available() else "torch_npu sees no device"
 
 
 def _import_torch_npu() -> None:

@@ -35,11 +35,11 @@ class RewritingLoader(SourceFileLoader):
         super().exec_module(module)
 
     def source_to_code(  # type: ignore[override]
-        self, data: bytes, path: str = "<megatron>", *, _optimization: int = -1
+        self, data: bytes, path: str = "<megatron>", *, _optimize: int = -1
     ) -> CodeType:
         """Compile the rewritten tree under the original file name."""
         tree, _ = rewrite(data, str(path))
-        return compile(tree, path, "exec", dont_inherit=True, optimize=_optimization)
+        return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
     def get_data(self, path: str) -> bytes:
         """Read source as it is and bytecode from the tagged file."""

@@ -8,7 +8,7 @@ modules already loaded; only names bound at import (K6, decorators, default argu
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def runtime_for(descriptor: Descriptor) -> Any:
     if descriptor.type == "cuda":
         return torch.cuda
     if descriptor.type == "npu":
-        return NpuRuntime(torch.npu)
+        return NpuRuntime(getattr(torch, "npu"))  # noqa: B009 -- torch_npu adds it
     from mindspeed.device.cpu import CpuRuntime
 
     return CpuRuntime()
@@ -164,5 +164,12 @@ def fall_through(record: dict[str, str], name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     value = getattr(torch.cuda, name)
-    record.setdefault(name, str(sys._getframe(2).f_globals.get("__name__")))
+    record.setdefault(name, _asking_module())
     return value
+
+
+def _asking_module() -> str:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(__package__):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame else "unknown"

@@ -96,9 +96,9 @@ class _Rewriter(ast.NodeTransformer):
         for index, part in enumerate(node.values):
             if not isinstance(part, ast.Constant):
                 parts.append(self.visit(part))
-            elif index == 0 and part.value.startswith("cuda:"):
+            elif index == 0 and str(part.value).startswith("cuda:"):
                 head = ast.FormattedValue(self._lookup("K3", "type", part), -1, None)
-                parts += [_at(part, head), _tail(part, part.value)]
+                parts += [_at(part, head), _tail(part, str(part.value))]
             else:
                 parts.append(part)
         node.values = parts
@@ -112,20 +112,19 @@ class _Rewriter(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        method = node.func.attr if isinstance(node.func, ast.Attribute) else None
-        if method == "cuda" and not _is_torch(node.func.value):
-            self._to_method("K4", "to_device", node)
-        elif method == "pin_memory":
-            self._to_method("K7", "pinned", node)
+        if isinstance(node.func, ast.Attribute):
+            if node.func.attr == "cuda" and not _is_torch(node.func.value):
+                self._to_method("K4", "to_device", node, node.func)
+            elif node.func.attr == "pin_memory":
+                self._to_method("K7", "pinned", node, node.func)
         for keyword in node.keywords:
             if keyword.arg == "pin_memory" and _is_true(keyword.value):
                 keyword.value = self._lookup("K7", "pin", keyword.value)
         return self.generic_visit(node)
 
-    def _to_method(self, kind: str, name: str, node: ast.Call) -> None:
-        assert isinstance(node.func, ast.Attribute)
-        node.args.insert(0, node.func.value)
-        node.func = self._lookup(kind, name, node.func)
+    def _to_method(self, kind: str, name: str, node: ast.Call, method: ast.Attribute) -> None:
+        node.args.insert(0, method.value)
+        node.func = self._lookup(kind, name, method)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
         if node.level or not _is_cuda_module(node.module):

@@ -37,7 +37,7 @@ def wrap_gather(original: Callable[..., Any]) -> Callable[..., Any]:
         group: Any,
         output_split_sizes: Sequence[int] | None = None,
         use_global_buffer: bool = False,
-    ) -> torch.Tensor:
+    ) -> Any:
         if output_split_sizes is None or group.size() == 1 or len(set(output_split_sizes)) == 1:
             return original(input_, group, output_split_sizes, use_global_buffer)
         return gather_unequal(input_, group, output_split_sizes)

@@ -32,7 +32,7 @@ def compile_helpers() -> None:
 
 def _build() -> None:
     package = importlib.import_module("megatron.core.datasets")
-    source = Path(list(package.__path__)[0]) / "helpers.cpp"
+    source = Path(next(iter(package.__path__))) / "helpers.cpp"
     folder = source.parent
     if not os.access(folder, os.W_OK):
         folder = Path(tempfile.mkdtemp(prefix="megatron_datasets_"))

@@ -77,11 +77,9 @@ def build_norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
     from mindspeed.features.level0 import zero_centered
 
     rms = config.normalization == "RMSNorm"
-    if config.layernorm_zero_centered_gamma:
-        kind = zero_centered.RMSNorm if rms else zero_centered.LayerNorm
-    else:
-        kind = torch.nn.RMSNorm if rms else torch.nn.LayerNorm
-    norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+    family: Any = zero_centered if config.layernorm_zero_centered_gamma else torch.nn
+    kind = family.RMSNorm if rms else family.LayerNorm
+    norm: torch.nn.Module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
