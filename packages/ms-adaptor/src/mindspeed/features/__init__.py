@@ -27,6 +27,10 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.recompute",
     "mindspeed.features.level0.rng",
     "mindspeed.features.level0.transformer_engine",
+    "mindspeed.features.ops.attention",
+    "mindspeed.features.ops.rms_norm",
+    "mindspeed.features.ops.rope",
+    "mindspeed.features.ops.swiglu",
 )
 
 

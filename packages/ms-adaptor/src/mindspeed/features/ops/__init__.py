@@ -1,0 +1,1 @@
+"""Level 1: Megatron's layers built on the fused operators of ms_ops."""
