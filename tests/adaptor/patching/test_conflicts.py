@@ -76,13 +76,15 @@ def test_a_feature_that_cannot_start_at_its_own_level_is_found(lab):
 
 
 def test_a_rule_and_a_collision_are_reported_together(lab):
-    forbid = Rule("forbids", "a_tp_2d", "a_unaligned_linear", "the grid needs even heads", "drop it")
+    forbid = Rule(
+        "forbids", "a_tp_2d", "a_unaligned_linear", "the grid needs even heads", "drop it"
+    )
     first = claiming(lab, "--a-tp-2d", (CONFIG,), rules=(forbid,))
     second = claiming(lab, "--a-unaligned-linear", (CONFIG,))
     with pytest.raises(PlanError) as caught:
         lab.plan(first, second, config={"a_tp_2d": True, "a_unaligned_linear": True})
     rule, collision = caught.value.problems
-    assert "the grid needs even heads (a_tp_2d=True, a_unaligned_linear=True). drop it" in rule
+    assert "needs even heads (a_tp_2d=True, a_unaligned_linear=True). drop it" in rule
     assert CONFIG in collision
 
 

@@ -1,9 +1,9 @@
 """The defects E1 to E14 of MindSpeed's patch engine, each as a test that this one does not have.
 
 E1 double wrapping, E2 created names, E3 the scan for None, E4 lost descriptors, E5 order of
-registration, E6 roles by suffix, E7 references out of reach, E8 conflict messages, E9 triggered lazy
-attributes, E10 dummy packages, E11 no undo, E12 changes of torch, E13 writes outside the engine,
-E14 the wrong per-parameter norm.
+registration, E6 roles by suffix, E7 references out of reach, E8 conflict messages, E9 triggered
+lazy attributes, E10 dummy packages, E11 no undo, E12 changes of torch, E13 writes outside the
+engine, E14 the wrong per-parameter norm.
 """
 
 import ast
@@ -148,7 +148,9 @@ def test_e5_two_features_on_one_target_must_give_an_order(lab):
     below = lab.feature(lab.patch("victim:f", "wrap", order=-1), name="second")
     with pytest.raises(PlanError, match="would undo the other"):
         lab.plan(first, below)
-    assert len(lab.plan(first, lab.feature(lab.patch("victim:f", "wrap", order=1), name="b")).acting)
+    assert len(
+        lab.plan(first, lab.feature(lab.patch("victim:f", "wrap", order=1), name="b")).acting
+    )
 
 
 def test_e6_the_role_is_the_kind_and_never_the_name(lab):
@@ -209,6 +211,23 @@ def test_e7_copies_are_rebound_and_what_cannot_be_is_reported(lab):
     assert stale["victim.base:Base"] == {"victim.user:SPEC.module", "victim.user:Sub base Base"}
     handle.undo()
     assert copy.f() == copy.g() == user._f() == lab.load("victim.later").f() == 0
+
+
+def test_e7_an_alias_is_followed_by_name_and_what_it_names_is_left_alone(lab):
+    """`Norm = Base` is patched as a variable; `Base` itself, at home elsewhere, stays."""
+    lab.write("victim.base", "class Base: pass")
+    lab.write("victim.alias", "from victim.base import Base\nNorm = Base")
+    lab.write(
+        "victim.user", "from victim.alias import Norm\nfrom victim.base import Base\nOld = Base"
+    )
+    lab.write("values", "class New: pass\nnew = New")
+    alias, user, base = (lab.load(f"victim.{name}") for name in ("alias", "user", "base"))
+    original, new = base.Base, lab.load("values").New
+    with lab.apply(lab.patch("victim.alias:Norm", "set")) as handle:
+        assert alias.Norm is user.Norm is new
+        assert base.Base is alias.Base is user.Base is user.Old is original
+        assert handle.report().stale == ()
+    assert alias.Norm is user.Norm is original
 
 
 def test_e7_strict_refuses_what_cannot_be_reached(lab):
@@ -323,6 +342,18 @@ def test_e11_undo_restores_the_very_objects(lab):
     assert "added" not in vars(victim.C)
 
 
+def test_e11_renamed_copies_of_a_replaced_class_come_back(lab):
+    lab.write("victim.base", "class C: pass")
+    lab.write("victim.user", "from victim.base import C as K, C")
+    lab.write("values", "class New: pass")
+    user = lab.load("victim.user")
+    original = user.C
+    with lab.apply(lab.patch("victim.base:C", value="values:New")) as handle:
+        assert user.K is user.C is lab.load("values").New
+        assert set(handle.report().rows[0].rebound) == {"victim.user:K", "victim.user:C"}
+    assert user.K is user.C is original
+
+
 def test_e11_undo_never_removes_what_somebody_else_put_there(lab):
     lab.write("victim", "def f(): return 0\ndef g(): return 0")
     lab.write("values", ADD)
@@ -399,5 +430,7 @@ def test_e14_there_is_no_norm_of_ours_to_be_wrong():
     records = [patch for feature in load_features() for patch in feature.patches]
     assert not [patch for patch in records if "l2norm" in patch.target or "l2norm" in patch.value]
     code = "import sys, mindspeed; mindspeed.apply(mindspeed.plan(level=0)); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert not {"amp_C", "apex"} & set(loaded.stdout.split())

@@ -74,7 +74,7 @@ class OrderMatrix:
 
     victim: str
     values: str
-    patches: list
+    patches: tuple
     look: str
     old = (0,)
     new = (1,)
@@ -99,21 +99,24 @@ class OrderMatrix:
 class TestFunction(OrderMatrix):
     victim = "def f(): return 0"
     values = "def new(): return 1"
-    patches = [("victim:f", "replace", "values:new")]
+    patches = (("victim:f", "replace", "values:new"),)
     look = "(victim.f(),)"
 
 
 class TestWrappedFunction(OrderMatrix):
     victim = "def f(): return 0"
     values = "def wrap(f):\n  def g(): return f() + 1\n  return g"
-    patches = [("victim:f", "wrap", "values:wrap")]
+    patches = (("victim:f", "wrap", "values:wrap"),)
     look = "(victim.f(),)"
 
 
 class TestReplacedAndWrapped(OrderMatrix):
     victim = "def f(): return 0"
     values = "def new(): return -1\ndef wrap(f):\n  def g(): return f() + 2\n  return g"
-    patches = [("victim:f", "wrap", "values:wrap"), ("victim:f", "replace", "values:new")]
+    patches = (
+        ("victim:f", "wrap", "values:wrap"),
+        ("victim:f", "replace", "values:new"),
+    )
     look = "(victim.f(),)"
 
 
@@ -130,7 +133,7 @@ class TestMethods(OrderMatrix):
         class D(C): pass
     """
     values = "def m(self): return 1\ndef s(): return 1\ndef c(cls): return 1\ndef p(self): return 1"
-    patches = [(f"victim:C.{name}", "replace", f"values:{name}") for name in "mscp"]
+    patches = tuple((f"victim:C.{name}", "replace", f"values:{name}") for name in "mscp")
     look = "(victim.D().m(), victim.D().s(), victim.D.c(), victim.D().p)"
     old, new = (0, 0, 0, 0), (1, 1, 1, 1)
 
@@ -138,14 +141,14 @@ class TestMethods(OrderMatrix):
 class TestClass(OrderMatrix):
     victim = "class C:\n  x = 0"
     values = "class New:\n  x = 1"
-    patches = [("victim:C", "replace", "values:New")]
+    patches = (("victim:C", "replace", "values:New"),)
     look = "(victim.C.x,)"
 
 
 class TestVariable(OrderMatrix):
     victim = "x = None"
     values = "new = 1"
-    patches = [("victim:x", "set", "values:new")]
+    patches = (("victim:x", "set", "values:new"),)
     look = "(victim.x,)"
     old = (None,)
 
@@ -153,7 +156,7 @@ class TestVariable(OrderMatrix):
 class TestAddedName(OrderMatrix):
     victim = ""
     values = "new = 1"
-    patches = [("victim:x", "add", "values:new")]
+    patches = (("victim:x", "add", "values:new"),)
     look = "(getattr(victim, 'x', 0),)"
 
 
@@ -162,7 +165,7 @@ class TestCopyInsideThePackage(OrderMatrix):
 
     victim = "import victim_parts as package, victim_parts.impl as impl"
     values = "def new(): return 1"
-    patches = [("victim_parts.impl:f", "replace", "values:new")]
+    patches = (("victim_parts.impl:f", "replace", "values:new"),)
     look = "(victim.impl.f(), victim.package.f())"
     old, new = (0, 0), (1, 1)
 

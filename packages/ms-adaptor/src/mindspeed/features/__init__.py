@@ -17,6 +17,7 @@ from mindspeed.patching.table import Table, TableError
 # One dotted module name a line; the order is that of `mindspeed features`.
 FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.adaptor",
+    "mindspeed.features.switches",
     "mindspeed.features.level0.collectives",
     "mindspeed.features.level0.cross_entropy",
     "mindspeed.features.level0.megatron_lm",

@@ -12,7 +12,7 @@ from types import ModuleType, TracebackType
 from mindspeed.patching.errors import PatchError, StalePlanError
 from mindspeed.patching.hooks import ImportHooks
 from mindspeed.patching.plan import Plan, Step, plan
-from mindspeed.patching.slot import Slot, find_stale, load
+from mindspeed.patching.slot import Place, Slot, find_stale, load
 from mindspeed.patching.source import installed_source, installed_version
 from mindspeed.patching.stubs import StubFinder
 
@@ -119,8 +119,10 @@ class Handle:
         with _state.lock:
             _check_installed(plan)
             lost = {_key(s) for s in self.plan.acting} - {_key(s) for s in plan.acting}
-            if not self.active or lost:
-                targets = ", ".join(sorted(target for target, *_ in lost)) or "nothing is active"
+            if not self.active:
+                raise StalePlanError(f"plan {self.plan.digest} was undone; apply a plan instead")
+            if lost:
+                targets = ", ".join(sorted(target for target, *_ in lost))
                 raise StalePlanError(
                     f"plan {self.plan.digest} is in force and plan {plan.digest} does not contain"
                     f" it ({targets}); undo the first one before applying the second"
@@ -175,7 +177,7 @@ class Handle:
             slot.prepare(sys.modules[slot.module_name])
         find_stale(ready, fresh=None)
         for slot in ready:
-            slot.commit()
+            slot.commit(self._places())
 
     def _stub(self, step: Step) -> None:
         wanted = step.patch.probe is None or load(step.patch.probe)(None)
@@ -191,7 +193,7 @@ class Handle:
         if slot is None:
             slot = self._slots[target] = Slot(target, steps)
         else:
-            slot.restore()
+            slot.restore(self._places())
             slot.steps = steps
         if slot.module_name in sys.modules:
             return [slot]
@@ -212,12 +214,15 @@ class Handle:
                 slot.prepare(module)
             find_stale(slots, fresh=module.__name__)
             for slot in slots:
-                slot.commit()
+                slot.commit(self._places())
         except BaseException:
             for slot in slots:
-                slot.restore()
+                slot.restore(self._places())
             raise
         self._waiting.pop(module.__name__, None)
+
+    def _places(self) -> frozenset[Place]:
+        return frozenset(slot.place for slot in self._slots.values())
 
     def _take_back(self) -> list[str]:
         for name in list(self._waiting):
@@ -226,7 +231,7 @@ class Handle:
         problems = []
         for slot in reversed(self._slots.values()):
             try:
-                slot.restore()
+                slot.restore(self._places())
             except PatchError as error:
                 problems.append(str(error))
         for name in reversed(self._stubbed):
@@ -341,6 +346,6 @@ def _row(slot: Slot) -> Row:
         features=tuple(dict.fromkeys(step.feature for step in slot.steps)),
         status=slot.status,
         calls=None if slot.tally is None else slot.tally.count,
-        rebound=tuple(slot.rebound),
+        rebound=slot.rebound,
         stale=tuple(slot.stale),
     )

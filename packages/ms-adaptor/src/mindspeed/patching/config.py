@@ -36,13 +36,15 @@ class Config(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._defaults)
 
-    def gives(self, name: str) -> bool:
-        """Whether the configuration itself holds a value for `name` that is not the default."""
+    def holds(self, name: str) -> bool:
+        """Whether the configuration itself has a value for `name`."""
         if isinstance(self._given, Mapping):
-            held = name in self._given
-        else:
-            held = self._given is not None and hasattr(self._given, name)
-        return held and not _same(self[name], self._defaults.get(name))
+            return name in self._given
+        return self._given is not None and hasattr(self._given, name)
+
+    def gives(self, name: str) -> bool:
+        """Whether the configuration itself has a value for `name` that is not the default."""
+        return self.holds(name) and not _same(self[name], self._defaults.get(name))
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -184,7 +184,7 @@ def native_defaults() -> Mapping[str, Any]:
 
 
 def _level(values: Config) -> int:
-    given = values.get("optimization_level")
+    given = values["optimization_level"] if values.holds("optimization_level") else None
     return levels.default_level() if given is None else int(given)
 
 

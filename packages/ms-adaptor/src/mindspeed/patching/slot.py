@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -13,6 +13,8 @@ from mindspeed.patching.errors import PatchError
 from mindspeed.patching.plan import Step
 
 _MISSING = object()
+
+Place = tuple[Any, str]
 
 
 def load(reference: str) -> Any:
@@ -44,12 +46,12 @@ class Slot:
         self.module_name, _, self._path = target.partition(":")
         self.root = self.module_name.partition(".")[0]
         self.status = "waiting"
-        self.rebound: list[str] = []
         self.stale: list[str] = []
         self.tally: Tally | None = None
         self._owner: Any = None
         self._base: Any = _MISSING
         self._installed: Any = _MISSING
+        self._copies: list[tuple[ModuleType, str]] = []
 
     @property
     def name(self) -> str:
@@ -80,24 +82,36 @@ class Slot:
 
     @property
     def has_original(self) -> bool:
-        """Whether there was one whose copies can be told by identity."""
+        """Whether there was one that is at home here, so that whoever holds it holds ours."""
         prepared = self.status == "prepared" and self._base is not _MISSING
-        return prepared and references.can_follow(self.original)
+        return prepared and self._defines(self.original)
 
     @property
-    def place(self) -> tuple[Any, str]:
+    def rebound(self) -> tuple[str, ...]:
+        """Module variables that held the original by value."""
+        return tuple(f"{module.__name__}:{key}" for module, key in self._copies)
+
+    @property
+    def place(self) -> Place:
         """Owner and name of the patched place."""
         return self._owner, self.name
 
-    def commit(self) -> None:
-        """Put the composed object in place, and in place of every by-value copy."""
+    def commit(self, others: Set[Place] = frozenset()) -> None:
+        """Put the composed object in place, and in place of every by-value copy.
+
+        Args:
+            others: places of other slots, which look after themselves.
+        """
         if self.status == "prepared":
             _assign(self._owner, self.name, self._installed)
-            self.rebound = self._rebind(self._base, self._installed)
+            self._copies = self._rebind(self._base, self._installed, others | {self.place})
             self.status = "applied"
 
-    def restore(self) -> None:
+    def restore(self, others: Set[Place] = frozenset()) -> None:
         """Put the original back.
+
+        Args:
+            others: places of other slots, which look after themselves.
 
         Raises:
             PatchError: somebody else has changed the place since; it is left alone.
@@ -106,7 +120,7 @@ class Slot:
             self.status = "waiting"
             return
         current = vars(self._owner).get(self.name, _MISSING)
-        self._rebind(self._installed, self._base)
+        self._rebind(self._installed, self._base, others | {self.place})
         self.status = "waiting"
         if current is not self._installed:
             raise PatchError(
@@ -115,6 +129,7 @@ class Slot:
             )
         _assign(self._owner, self.name, self._base)
         self._base = self._installed = _MISSING
+        self._copies = []
 
     def _is_needed(self, step: Step, module: ModuleType) -> bool:
         return step.patch.probe is None or bool(load(step.patch.probe)(module))
@@ -160,16 +175,24 @@ class Slot:
             )
         return wrapped
 
-    def _rebind(self, old: Any, new: Any) -> list[str]:
+    def _rebind(self, old: Any, new: Any, others: Set[Place]) -> list[tuple[ModuleType, str]]:
         old, new = _content(old), _content(new)
         if old is _MISSING or new is _MISSING or not references.can_follow(old):
             return []
+        # Elsewhere, the value of a variable may be at home: only namesakes are copies of it.
+        anywhere = self._defines(old)
         places = []
         for module, key in references.copies(self.root, old):
-            if (module, key) != self.place:
+            known = anywhere or key == self.name or (module, key) in self._copies
+            if known and (module, key) not in others:
                 vars(module)[key] = new
-                places.append(f"{module.__name__}:{key}")
+                places.append((module, key))
         return places
+
+    def _defines(self, value: Any) -> bool:
+        """Whether the target is the place where a function or class was defined."""
+        home = (getattr(value, "__module__", None), getattr(value, "__qualname__", None))
+        return home == (self.module_name, self._path)
 
 
 def find_stale(slots: Sequence[Slot], fresh: str | None) -> None:

@@ -118,9 +118,7 @@ def open_source(path: str | os.PathLike[str], package: str = "megatron") -> Sour
         portion = place if place.name == package else place / package
         tree = SourceTree(package, portions=(portion.resolve(),))
     if not tree.has_package(package):
-        raise SourceError(
-            f"{place}: no {package}/ package there; give a wheel or its parent folder"
-        )
+        raise SourceError(f"{place}: no {package}/ package there; give a wheel or a folder")
     return tree
 
 
