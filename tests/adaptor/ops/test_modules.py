@@ -1,0 +1,264 @@
+"""The modules and functions of level 1 against Megatron's own, one by one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mindspeed.features.ops import attention, rms_norm, rope, swiglu
+from support.ranks import run_ranks
+
+
+def in_megatron(function, *args):
+    return run_ranks(function, 1, *args, preload="megatron")[0]
+
+
+def config(**options):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    return TransformerConfig(**{**shape, "attention_dropout": 0.0, **options})
+
+
+def attention_pair(options, mask_type, layer):
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mindspeed.features.ops.attention_module import FusedAttention
+
+    kind = AttnMaskType[mask_type]
+    args = (config(**options), layer, kind, "self")
+    return DotProductAttention(*args), FusedAttention(*args)
+
+
+def run_attention(module, mask):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(12, 2, n, 8, requires_grad=True) for n in (4, 2, 2))
+    out = module(q, k, v, mask)
+    grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    return [out.detach(), *grads]
+
+
+def attention_results(rank, world_size, options, mask_type, masked, layer):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    mask = None
+    if masked == "triangle":
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).triu(1)
+    if masked == "documents":
+        document = torch.arange(12) >= 7
+        mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
+        mask = (mask | (document[:, None] != document[None, :])).expand(2, 1, 12, 12)
+    return [run_attention(m, mask) for m in attention_pair(options, mask_type, layer)]
+
+
+@pytest.mark.parametrize(
+    ("options", "mask_type", "masked", "layer"),
+    [
+        ({}, "causal", None, 1),
+        ({}, "causal", "triangle", 1),
+        ({}, "causal", "documents", 1),
+        ({}, "no_mask", None, 1),
+        ({}, "padding", "documents", 1),
+        ({}, "arbitrary", "triangle", 1),
+        ({"apply_query_key_layer_scaling": True}, "causal", None, 3),
+    ],
+)
+def test_attention(options, mask_type, masked, layer):
+    theirs, ours = in_megatron(attention_results, options, mask_type, masked, layer)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+
+
+def fallback_calls(rank, world_size):
+    from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mindspeed.features.ops.attention_module import FusedAttention
+
+    parallel_state.initialize_model_parallel()
+    calls = []
+
+    def forward(self, query, *args, **kwargs):
+        calls.append("megatron")
+        return torch.zeros(1)
+
+    DotProductAttention.forward = forward
+    q = torch.randn(4, 1, 4, 8)
+    k = torch.randn(4, 1, 2, 8)
+
+    def call(training, mask_type=AttnMaskType.causal, **options):
+        module = FusedAttention(config(**options), 1, mask_type, "self").train(training)
+        calls.clear()
+        module(q, k, k, None)
+        return bool(calls)
+
+    return {
+        "plain": call(True),
+        "dropout": call(True, attention_dropout=0.1),
+        "dropout_in_eval": call(False, attention_dropout=0.1),
+        "softmax_offset": call(True, softmax_type="off-by-one"),
+        "window": call(True, window_size=(2, 0)),
+        "padding_causal": call(True, AttnMaskType.padding_causal),
+    }
+
+
+def test_what_the_operator_lacks_stays_with_megatron():
+    assert in_megatron(fallback_calls) == {
+        "plain": False,
+        "dropout": True,
+        "dropout_in_eval": False,
+        "softmax_offset": True,
+        "window": True,
+        "padding_causal": True,
+    }
+
+
+def rope_results(rank, world_size, kwargs, width):
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from mindspeed.features.ops.rope_function import apply_bshd
+
+    torch.manual_seed(2)
+    t = torch.randn(9, 2, 3, 8, requires_grad=True)
+    freqs = torch.randn(9, 1, 1, width)
+    results = []
+    for function in (rope_utils._apply_rotary_pos_emb_bshd, apply_bshd, apply_bshd):
+        y = function(t, freqs, **kwargs)
+        torch.manual_seed(3)
+        results.append([y.detach(), *torch.autograd.grad(y, t, torch.randn_like(y))])
+    freqs.mul_(0.5)
+    changed = [
+        f(t, freqs, **kwargs).detach() for f in (rope_utils._apply_rotary_pos_emb_bshd, apply_bshd)
+    ]
+    return results, changed
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"rotary_interleaved": True},
+        {"mscale": 1.3},
+        {"multi_latent_attention": True, "mscale": 0.7},
+    ],
+)
+def test_rope(kwargs, width):
+    (theirs, ours, again), changed = in_megatron(rope_results, kwargs, width)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[0], again[0])
+    torch.testing.assert_close(changed[1], changed[0], rtol=1e-5, atol=1e-6)
+
+
+def norm_results(rank, world_size, options):
+    from mindspeed.features.level0.norm import build_norm
+    from mindspeed.features.ops.norm_module import Norm
+
+    settings = config(**options)
+    theirs, ours = build_norm(settings, 32, 1e-5), Norm(settings, 32, eps=1e-5)
+    torch.manual_seed(4)
+    x = torch.randn(5, 2, 32, dtype=settings.params_dtype)
+    weight = torch.randn(32, dtype=settings.params_dtype)
+    results = []
+    for norm in (theirs, ours):
+        start = norm.weight.detach().clone()
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+        tags = [p.sequence_parallel for p in norm.parameters()]
+        results.append((start, norm(x).detach(), sorted(norm.state_dict()), tags))
+    return results
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm(normalization, zero_centered, dtype):
+    options = {
+        "normalization": normalization,
+        "layernorm_zero_centered_gamma": zero_centered,
+        "params_dtype": dtype,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_dtype": dtype,
+    }
+    theirs, ours = in_megatron(norm_results, options)
+    assert torch.equal(ours[0], theirs[0])
+    rtol, atol = (1e-5, 1e-6) if dtype is torch.float32 else (1.6e-2, 1e-2)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=rtol, atol=atol)
+    assert ours[2:] == theirs[2:]
+    assert all(ours[3])
+
+
+def swiglu_results(rank, world_size, biased, kwargs):
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from mindspeed.features.ops.swiglu_function import bias_swiglu_impl
+
+    torch.manual_seed(5)
+    x = torch.randn(4, 2, 12, requires_grad=True)
+    bias = torch.randn(12, requires_grad=True) if biased else None
+    leaves = [t for t in (x, bias) if t is not None]
+    results = []
+    for function in (fused_bias_swiglu.bias_swiglu_impl, bias_swiglu_impl):
+        y = function(x, bias, **kwargs)
+        torch.manual_seed(6)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.randn_like(y))])
+    return results
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu(biased):
+    theirs, ours = in_megatron(swiglu_results, biased, {})
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_with_fp8_input_stored():
+    theirs, ours = in_megatron(swiglu_results, False, {"fp8_input_store": True})
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def spec_classes(rank, world_size):
+    from mindspeed.features.ops.provider import layer_spec
+
+    layer = layer_spec(normalization="RMSNorm", qk_layernorm=True).submodules
+    inner = layer.self_attention.submodules
+    places = (
+        layer.input_layernorm,
+        layer.pre_mlp_layernorm,
+        inner.core_attention,
+        inner.q_layernorm,
+        inner.k_layernorm,
+    )
+    return [place.__name__ for place in places]
+
+
+def test_layer_spec_needs_no_patch():
+    assert in_megatron(spec_classes) == ["Norm", "Norm", "FusedAttention", "Norm", "Norm"]
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (attention, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        (attention, {"seq_length": 32}, "expect no gain"),
+        (attention, {"seq_length": 1024}, "pays from"),
+        (rms_norm, {"normalization": "LayerNorm"}, "nothing changes"),
+        (rms_norm, {"normalization": "RMSNorm"}, "pays at every size"),
+        (rope, {"position_embedding_type": "none"}, "nothing to rotate"),
+        (rope, {"position_embedding_type": "rope"}, "pays at every size"),
+        (swiglu, {}, "not gated"),
+        (swiglu, {"swiglu": True, "bias_swiglu_fusion": False}, "turn it on"),
+        (swiglu, {"swiglu": True}, "pays at every size"),
+    ],
+)
+def test_advice(module, options, words):
+    assert words in module.advise(SimpleNamespace(**options))
+    assert module.FEATURE.advise == f"{module.__name__}:advise"
