@@ -9,12 +9,14 @@
 A storage counts once, whole, however many views of it were saved. Parameters are never counted.
 Nothing of torch is changed: outside the context no code of this module runs.
 
-Limits, all of `torch.autograd.graph.saved_tensors_hooks`, on which this is built: tensors kept as
-plain attributes of an autograd context are not seen; a non-reentrant checkpoint shows only its
-inputs until it recomputes; code that installs saved-tensor hooks of its own inside the context
-hides its tensors; and a custom backward gets saved parameters without their Python attributes, so do not
-meter a step whose backward reads or sets such attributes (fused gradient accumulation does) unless
-its gradients are thrown away.
+Limits, all of `torch.autograd.graph.saved_tensors_hooks`, on which this is built:
+
+- tensors kept as plain attributes of an autograd context are not seen;
+- a non-reentrant checkpoint shows only its inputs until it recomputes;
+- code that installs saved-tensor hooks of its own inside the context hides its tensors;
+- a custom backward gets saved parameters without their Python attributes, so do not meter a step
+  whose backward reads or sets such attributes (fused gradient accumulation does), unless its
+  gradients are thrown away.
 """
 
 from __future__ import annotations

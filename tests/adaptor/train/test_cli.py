@@ -1,0 +1,229 @@
+"""`mindspeed train` end to end, in processes of its own: results, interrupts, kills, resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TINY = (
+    "--optimization-level 0 --num-layers 2 --hidden-size 32 --seq-length 64 --eval-iters 1 "
+    "--lr-warmup-iters 0"
+).split()
+KEYS = {
+    "level",
+    "step",
+    "loss",
+    "grad_norm",
+    "step_time_s",
+    "tokens_per_s",
+    "saved_bytes",
+    "peak_bytes",
+}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "mindspeed.train", *TINY, *arguments]
+
+
+def train(folder, *arguments, timeout=120):
+    return subprocess.run(
+        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def rows(folder, name):
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps(folder, name):
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in rows(folder, name) if "step" in r}
+
+
+def wait_for_step(folder, name, step, process):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        file = folder / "runs" / name / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run took no step")
+
+
+def descendants(pid):
+    """Process ids below `pid`, with their command lines."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            found.setdefault(parent, []).append(int(entry))
+    below, queue = [], [pid]
+    while queue:
+        children = found.get(queue.pop(), [])
+        below += children
+        queue += children
+    return below
+
+
+def ranks_of(pid):
+    """The ranks lead process groups of their own."""
+    return [child for child in descendants(pid) if os.getpgid(child) == child]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run that others are compared with."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(folder, "--train-iters", "8", "--name", "whole", "--eval-interval", "4")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_run_folder_and_schema(whole):
+    folder, done = whole
+    records = rows(folder, "whole")
+    assert [r["step"] for r in records[:-1]] == list(range(1, 9))
+    assert all(set(r) == KEYS for r in records[:-1])
+    assert all(isinstance(r[key], int) for r in records[:-1] for key in ("saved_bytes", "level"))
+    assert records[0]["saved_bytes"] > 0
+    last = records[-1]
+    assert set(last) == {"level", "summary"}
+    summary = last["summary"]
+    assert summary["first_loss"] == records[0]["loss"]
+    assert summary["last_loss"] == records[-2]["loss"] < records[0]["loss"]
+    assert summary["valid_loss"] > 0
+    assert (folder / "runs" / "latest").resolve() == (folder / "runs" / "whole").resolve()
+    assert (folder / "runs" / "whole" / "losses.png").stat().st_size > 1000
+    assert "validation loss" in done.stdout
+    assert "tokens/s" in done.stdout
+
+
+def test_data_is_cached_by_content(whole):
+    folder, _ = whole
+    (cached,) = (folder / "runs" / ".data").iterdir()
+    before = (cached / "train.bin").stat().st_mtime_ns
+    again = train(folder, "--train-iters", "1", "--name", "again")
+    assert again.returncode == 0, again.stderr
+    assert [cached] == list((folder / "runs" / ".data").iterdir())
+    assert (cached / "train.bin").stat().st_mtime_ns == before
+
+
+def test_resume_continues_bit_for_bit(whole, tmp_path):
+    options = ("--train-iters", "8", "--save", "--save-interval", "3", "--name", "part")
+    process = start(tmp_path, *options)
+    wait_for_step(tmp_path, "part", 4, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with --resume" in out
+    stopped_at = max(steps(tmp_path, "part"))
+    assert stopped_at < 8
+    rest = train(tmp_path, "--resume")
+    assert rest.returncode == 0, rest.stderr
+    assert steps(tmp_path, "part") == steps(whole[0], "whole")
+    assert rows(tmp_path, "part")[-1]["summary"]["valid_loss"] == (
+        rows(whole[0], "whole")[-1]["summary"]["valid_loss"]
+    )
+    finished = train(tmp_path, "--resume")
+    assert finished.returncode == 2
+    assert "has reached step 8 of 8" in finished.stderr
+    other = train(tmp_path, "--resume", "--nproc", "1", "--train-iters", "9")
+    assert other.returncode == 2
+    assert "processes 2 -> 1" in other.stderr
+    cut_anew = train(tmp_path, "--resume", "--nproc", "1", "--train-iters", "9", "--reshard")
+    assert cut_anew.returncode == 0, cut_anew.stderr
+
+
+def test_killed_rank_is_named_and_resume_works(whole, tmp_path):
+    options = ("--train-iters", "400", "--save", "--save-interval", "2", "--name", "victim")
+    process = start(tmp_path, *options)
+    wait_for_step(tmp_path, "victim", 5, process)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    begin = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    assert process.returncode == 1
+    assert "rank 1 of 2 (level 0)" in err
+    assert "SIGKILL" in err
+    assert "mindspeed train --resume" in err
+    assert not [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
+    saved = json.loads(
+        max((tmp_path / "runs/victim/checkpoints").glob("iter_*/train_state.json")).read_text()
+    )
+    rest = train(tmp_path, "--resume", "--train-iters", str(saved["step"] + 1))
+    assert rest.returncode == 0, rest.stderr
+
+
+def test_stopped_rank_is_named_within_the_timeout(tmp_path):
+    process = start(tmp_path, "--train-iters", "4000", "--name", "stuck", "--timeout", "3")
+    wait_for_step(tmp_path, "stuck", 2, process)
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 of 2 (level 0)" in err
+    assert "did not answer in time" in err
+    assert not [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
+
+
+def test_ranks_end_with_the_launching_process(tmp_path):
+    process = start(tmp_path, "--train-iters", "4000", "--name", "orphan")
+    wait_for_step(tmp_path, "orphan", 2, process)
+    ranks = ranks_of(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):
+        assert time.monotonic() < deadline, "ranks outlive the launching process"
+        time.sleep(0.1)
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+    process = start(tmp_path, "--train-iters", "4000", "--seq-length", "256", "--name", "twice")
+    wait_for_step(tmp_path, "twice", 2, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_tensor_pipeline_and_sequence_parallel_reach_the_one_process_loss(tmp_path):
+    split = (
+        "--nproc 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--sequence-parallel --num-attention-heads 4 --name four"
+    ).split()
+    for arguments in (("--nproc", "1", "--name", "one"), split):
+        done = train(tmp_path, "--train-iters", "5", *arguments)
+        assert done.returncode == 0, done.stderr
+    one, four = steps(tmp_path, "one"), steps(tmp_path, "four")
+    for step in one:
+        assert four[step] == pytest.approx(one[step], rel=1e-4)
+
+
+def test_user_text(tmp_path):
+    (tmp_path / "own.txt").write_text("\n\n".join(f"line {i} of text " * 50 for i in range(90)))
+    done = train(tmp_path, "--data", "own.txt", "--train-iters", "1", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert "from own.txt" in done.stdout
