@@ -47,7 +47,7 @@ class RewritingLoader(SourceFileLoader):
 
     def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:  # type: ignore[override]
         """Write bytecode to the tagged file; silently nothing where Python may not write."""
-        super().set_data(_tagged(str(path)), data, _mode=_mode)  # type: ignore[call-arg]
+        super().set_data(_tagged(str(path)), data, _mode=_mode)
 
 
 class MegatronFinder(MetaPathFinder):
