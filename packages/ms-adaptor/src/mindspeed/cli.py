@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,11 @@ def _run_plan(options: argparse.Namespace) -> int:
     from mindspeed.features.arguments import parse_megatron
     from mindspeed.patching.plan import draft
 
-    config = parse_megatron(options.megatron_args, prog="mindspeed plan")
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        config = parse_megatron(options.megatron_args, prog="mindspeed plan")
+    for note in notes:
+        print(f"mindspeed plan: {note.message}", file=sys.stderr)
     made = draft(config, options.level, options.device, options.megatron)
     if options.json:
         print(made.to_json())
@@ -184,7 +189,7 @@ def _run_fingerprint(options: argparse.Namespace) -> int:
         print(json.dumps(record, indent=1))
     else:
         path = write_record(record, options.out or RECORDS)
-        print(f"{len(record['targets'])} signatures of megatron-core {version}: {path}")  # type: ignore[arg-type]
+        print(f"{len(record['targets'])} signatures of megatron-core {version}: {path}")
     return OK
 
 

@@ -83,7 +83,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _python() -> Finding:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -91,7 +92,7 @@ def part_installed(source: SourceTree, patch: Patch) -> bool:
 
 def make_record(
     sources: Iterable[SourceTree], version: str, patches: Iterable[Patch]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The record of one version for the patches whose range holds it, as plain JSON data.
 
     Args:
@@ -108,7 +109,7 @@ def make_record(
     return {"version": version, "targets": dict(sorted(targets.items()))}
 
 
-def write_record(record: dict[str, object], folder: Path = RECORDS) -> Path:
+def write_record(record: dict[str, Any], folder: Path = RECORDS) -> Path:
     """Write a record into a folder and return its file."""
     path = folder / f"{record['version']}.json"
     folder.mkdir(parents=True, exist_ok=True)
