@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="machine-readable output")
-        _OPTIONS.get(name, lambda _: None)(command)
+        if name in _OPTIONS:
+            _OPTIONS[name](command)
     return parser
 
 
@@ -120,6 +121,7 @@ def _run_plan(options: argparse.Namespace) -> int:
         print(made.to_json())
     else:
         tables.show_plan(made)
+        tables.show_advice(made, config)
     return PROBLEM if made.problems else OK
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mindspeed import levels
 from mindspeed.features import load_features
 from mindspeed.features.flags import FlagRow, flag_rows
+from mindspeed.patching.slot import load
 
 if TYPE_CHECKING:
     from mindspeed.doctor import Finding
@@ -59,6 +60,13 @@ def show_plan(made: Plan) -> None:
     print(f"{len(made.acting)} of {len(made.steps)} patches act")
     for number, text in enumerate(made.problems, 1):
         print(f"problem {number}: {text}")
+
+
+def show_advice(made: Plan, config: object) -> None:
+    """Print what the active features say about when they pay in this configuration."""
+    for feature in load_features():
+        if feature.advise is not None and feature.name in made.features:
+            print(f"{feature.name}: {load(feature.advise)(config)}")
 
 
 def feature_rows() -> list[dict[str, Any]]:
@@ -198,7 +206,7 @@ def flags_markdown() -> str:
 def _markdown_row(row: FlagRow) -> str:
     flag = row.flag
     names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
-    kind = flag.type
+    kind: str = flag.type
     if flag.choices:
         kind += ": " + ", ".join(map(str, flag.choices))
     default = "off" if flag.default is False else "on" if flag.default is True else flag.default

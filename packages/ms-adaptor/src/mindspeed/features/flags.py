@@ -93,7 +93,8 @@ class _Alias(argparse.Action):
 
     def __init__(self, action: argparse.Action, **options: Any) -> None:
         self.action = action
-        super().__init__(nargs=action.nargs, type=action.type, choices=action.choices, **options)
+        options.update(nargs=action.nargs, type=action.type, choices=action.choices)
+        super().__init__(**options)
 
     def __call__(
         self,

@@ -96,8 +96,8 @@ def _parse(text: str) -> ast.expr:
         raise ExprError(f"expression {text!r}: {error.msg}") from None
 
 
-_PLAIN = (ast.Name, ast.Load, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub)
-_PLAIN += (ast.BinOp, ast.Compare, ast.Tuple)
+_PLAIN: tuple[type[ast.AST], ...] = (ast.Name, ast.Load, ast.Tuple, ast.BinOp, ast.Compare)
+_PLAIN += (ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub)
 
 
 def _check_node(node: ast.AST, text: str) -> None:

@@ -157,8 +157,8 @@ class Flag:
     def __post_init__(self) -> None:
         name = f"flag {self.name!r}"
         for spelling in (self.name, *self.aliases):
-            good = isinstance(spelling, str) and _FLAG_NAME.fullmatch(spelling)
-            _require(bool(good), f"{name}: {spelling!r} must look like '--lower-case-words'")
+            good = isinstance(spelling, str) and bool(_FLAG_NAME.fullmatch(spelling))
+            _require(good, f"{name}: {spelling!r} must look like '--lower-case-words'")
         if self.dest is None:
             object.__setattr__(self, "dest", self.name[2:].replace("-", "_"))
         good = isinstance(self.dest, str) and self.dest.isidentifier()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -17,7 +18,7 @@ Builder = Callable[[str], ModuleType]
 _MISSING = object()
 
 
-class _StubLoader:
+class _StubLoader(Loader):
     def __init__(self, build: Builder) -> None:
         self._build = build
 
