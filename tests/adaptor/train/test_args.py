@@ -33,10 +33,11 @@ def test_help_is_grouped(capsys):
 
 
 def test_values_reach_the_configuration():
-    options = parse(
+    words = (
         "--num-layers 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
-        "--bf16 --no-swiglu --disable-bias-linear --lr 0.5 --data a.txt b.txt --timeout 7".split()
+        "--bf16 --no-swiglu --disable-bias-linear --lr 0.5 --data a.txt b.txt --timeout 7"
     )
+    options = parse(words.split())
     flat = options.config.flat()
     assert flat["num_layers"] == 8
     assert flat["virtual_pipeline_model_parallel_size"] == 2

@@ -7,8 +7,8 @@ import torch
 
 from mindspeed.train import TrainConfig
 from mindspeed.train.batches import MicroBatches, SyntheticSamples
-from mindspeed.train.data import prepare_datasets, with_vocabulary
-from mindspeed.train.text import TextError, builtin_documents, read_corpus
+from mindspeed.train.data import prepare_datasets
+from mindspeed.train.text import TextError, builtin_documents, read_corpus, with_vocabulary
 from mindspeed.train.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer
 from support.ranks import run_ranks
 
@@ -131,6 +131,21 @@ def test_indexed_dataset_holds_the_text(tmp_path):
     (folder,) = tmp_path.iterdir()
     files = {file.name for file in folder.iterdir()}
     assert {"train.bin", "train.idx", "valid.bin", "valid.idx"} <= files
+
+
+def written(rank, world_size, cache):
+    from pathlib import Path
+
+    config = with_vocabulary(TrainConfig.of(seq_length=LENGTH), ByteTokenizer())
+    prepare_datasets(config, Path(cache))
+    (folder,) = Path(cache).iterdir()
+    return folder.name, (folder / "train.bin").stat().st_mtime_ns
+
+
+def test_indexed_dataset_is_written_once_for_one_content(tmp_path):
+    first = run_ranks(written, 1, str(tmp_path), preload="megatron")
+    assert run_ranks(written, 2, str(tmp_path), preload="megatron") == first * 2
+    assert first[0][0] == corpus().key
 
 
 def test_micro_batches_of_all_copies_cover_the_global_batch():

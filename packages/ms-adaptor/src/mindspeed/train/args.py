@@ -93,6 +93,10 @@ def parse(argv: Sequence[str]) -> Options:
     _query_groups(space, given)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     base = TrainConfig.of(**DEFAULT_JOB, optimization_level=levels.DEFAULT_LEVEL)
+    if "train_iters" in given and "lr_warmup_iters" not in given:
+        base = base.replace(
+            lr_warmup_iters=min(base.optim.lr_warmup_iters, given["train_iters"] // 8)
+        )
     known = {*leaves, *_RUN_OPTIONS, "layers_per_virtual_stage", "group_query_attention"}
     features = {name: value for name, value in space.items() if name not in known}
     config = base.replace(**given, feature_flags=tuple(sorted(features.items())))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mindspeed.train.args import Options, UsageError, parse
-from mindspeed.train.level import LevelError, available_levels
+from mindspeed.train.level import LevelError, available_levels, levels_with_features
 from mindspeed.train.runs import RunPlan, plan_run
 from mindspeed.train.state import CheckpointError
 from mindspeed.train.text import TextError
@@ -50,7 +50,7 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
     Raises:
         ValueError: one of this package's errors, with what to do.
     """
-    from mindspeed.train.data import configured_corpus, with_vocabulary
+    from mindspeed.train.text import configured_corpus, with_vocabulary
 
     levels = _levels(options)
     plan = plan_run(options)
@@ -65,17 +65,15 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
 def _levels(options: Options) -> list[int]:
     asked = options.config.optimization_level
     reasons = available_levels()
-    if options.compare_levels:
-        usable = [level for level in range(asked + 1) if reasons[level] is None]
-        if len(usable) < 2:
-            raise LevelError(
-                f"--compare-levels needs a level above 0: {reasons[1] or 'ask for one'}"
-            )
-        return usable
     if reasons[asked] is not None and "optimization_level" in options.given:
         raise LevelError(f"--optimization-level {asked}: {reasons[asked]}")
-    # Without being asked, the command takes the highest level that is installed, and says so.
-    return [max(level for level in range(asked + 1) if reasons[level] is None)]
+    # A level that adds nothing yet would only repeat the one below it.
+    usable = [n for n in levels_with_features() if n <= asked and reasons[n] is None]
+    if not options.compare_levels:
+        return usable[-1:]
+    if len(usable) < 2:
+        raise LevelError(f"--compare-levels needs a level above 0: {reasons[1] or 'ask for one'}")
+    return usable
 
 
 def _check_plans(config: object, levels: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -14,28 +15,12 @@ import torch.distributed as dist
 
 from mindspeed.train.batches import SampleSource
 from mindspeed.train.config import TrainConfig
-from mindspeed.train.text import Corpus, TextError, read_corpus
-from mindspeed.train.tokenizer import Tokenizer, load_tokenizer
+from mindspeed.train.text import Corpus, TextError, configured_corpus
+from mindspeed.train.tokenizer import Tokenizer
 
 _FACTS = "corpus.json"
 _SPLITS = ("train", "valid")
-
-
-def configured_corpus(config: TrainConfig) -> tuple[Corpus, Tokenizer]:
-    """The text that the configuration names, checked and tokenized.
-
-    Raises:
-        TextError: see `read_corpus`.
-        TokenizerError: see `load_tokenizer`.
-    """
-    tokenizer = load_tokenizer(config.batch.tokenizer)
-    batch = config.batch
-    return read_corpus(batch.data, tokenizer, batch.split, config.model.seq_length), tokenizer
-
-
-def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The configuration with the tokenizer's vocabulary size."""
-    return config.replace(vocab_size=tokenizer.vocab_size)
+_HELPER = "megatron.core.datasets.helpers_cpp"
 
 
 def indexed_folder(cache: Path, corpus: Corpus) -> Path:
@@ -84,14 +69,14 @@ def ensure_helpers() -> None:
         RuntimeError: it is missing and cannot be built here.
     """
     with contextlib.suppress(ImportError):
-        import megatron.core.datasets.helpers_cpp
+        importlib.import_module(_HELPER)
 
         return
     from megatron.core.datasets.utils import compile_helpers
 
     try:
         compile_helpers()
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
+        importlib.import_module(_HELPER)
     except (ImportError, OSError, SystemExit) as error:
         raise RuntimeError(
             "megatron-core was installed without its compiled dataset helper and it cannot be "

@@ -98,7 +98,8 @@ class Job:
         if asked > max(self.levels):
             from mindspeed.train.level import available_levels
 
-            note(f"level {asked} is not used: {available_levels()[asked]}")
+            reason = available_levels()[asked] or f"it adds nothing yet to level {self.levels[-1]}"
+            note(f"level {asked} is not used: {reason}")
         note(f"results in {self.plan.folder}")
 
     def train(self) -> None:

@@ -1,8 +1,7 @@
-"""Turns an optimization level on for this process."""
+"""Which optimization levels can be had here, and turning one on for this process."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -14,18 +13,23 @@ class LevelError(RuntimeError):
 
 
 def available_levels() -> dict[int, str | None]:
-    """Level to the reason why it cannot be used; None when it can."""
-    missing = None if _has_provider() else "this version has no level-1 operators"
-    if missing is None and importlib.util.find_spec("ms_ops") is None:
-        missing = "package ms-ops is not installed: pip install 'mindspeed[l1]'"
-    return {0: None, 1: missing, 2: missing}
+    """Level to the reason why it cannot be used, None when it can; reads no Megatron."""
+    from mindspeed import levels
+
+    out: dict[int, str | None] = {}
+    for level in levels.LEVELS:
+        absent = levels.missing(levels.needed_for(level))
+        advice = sorted({levels.extra_for(name) for name in absent})
+        names = " and ".join(absent)
+        out[level] = f"{names} not installed: pip install '{advice[0]}'" if absent else None
+    return out
 
 
-def _has_provider() -> bool:
-    try:
-        return importlib.util.find_spec("mindspeed.features.ops.provider") is not None
-    except ModuleNotFoundError:
-        return False
+def levels_with_features() -> list[int]:
+    """The levels that change anything, lowest first."""
+    from mindspeed.features import load_features
+
+    return sorted({0, *(feature.level for feature in load_features())})
 
 
 def activate_level(config: TrainConfig) -> Any:
@@ -36,7 +40,8 @@ def activate_level(config: TrainConfig) -> Any:
         plan in force, which then is not ours to take back.
 
     Raises:
-        LevelError: the level is unknown or its parts are not installed.
+        LevelError: the level is unknown or its packages are not installed.
+        PlanError: a feature's rule refuses the configuration.
     """
     level = config.optimization_level
     reasons = available_levels()

@@ -6,9 +6,27 @@ variable, which it sets only for the fork server.
 
 from __future__ import annotations
 
+import importlib
 import os
 
 PRELOAD_VARIABLE = "MINDSPEED_TRAIN_PRELOAD"
+
+MODULES = (
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.indexed_dataset",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel",
+    "mindspeed.patching.apply",
+    "mindspeed.train.data",
+    "mindspeed.train.model",
+    "mindspeed.train.trainer",
+    "ms_profile.memory",
+)
 
 
 def load() -> None:
@@ -21,9 +39,8 @@ def load() -> None:
     from mindspeed import device
 
     device.install()
-
-    import mindspeed.patching.apply
-    import mindspeed.train.trainer  # noqa: F401
+    for name in MODULES:
+        importlib.import_module(name)
 
 
 if os.environ.get(PRELOAD_VARIABLE) == "1":

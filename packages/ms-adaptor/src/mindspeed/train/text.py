@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindspeed.train.tokenizer import Tokenizer
+from mindspeed.train.config import TrainConfig
+from mindspeed.train.tokenizer import Tokenizer, load_tokenizer
 
 # A plain text file is cut at blank lines into documents of about this many characters, so that
 # held-out text can be taken from one file as well.
@@ -157,3 +158,20 @@ def _divide(
         cut -= 1
         count += len(tokens[cut])
     return tuple(tokens[:cut]), tuple(tokens[cut:])
+
+
+def configured_corpus(config: TrainConfig) -> tuple[Corpus, Tokenizer]:
+    """The text that the configuration names, checked and tokenized.
+
+    Raises:
+        TextError: see `read_corpus`.
+        TokenizerError: see `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(config.batch.tokenizer)
+    batch = config.batch
+    return read_corpus(batch.data, tokenizer, batch.split, config.model.seq_length), tokenizer
+
+
+def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with the tokenizer's vocabulary size."""
+    return config.replace(vocab_size=tokenizer.vocab_size)
