@@ -79,16 +79,38 @@ def test_a_handle_extends_and_refuses_what_would_take_back(lab, victim):
 
 
 def test_a_failed_extension_leaves_the_first_plan_in_force(lab, victim):
-    first = lab.feature(lab.patch("victim:f"), name="first")
-    broken = lab.feature(lab.patch("victim:missing"), name="broken")
+    first = lab.feature(lab.patch("victim:f"), lab.patch("victim_later:y", "add"), name="first")
+    wrap = lab.patch("victim:f", "wrap", "values:wrap", order=1)
+    broken = lab.feature(
+        wrap,
+        lab.patch("victim:g"),
+        lab.patch("victim:missing"),
+        lab.patch("victim_other:x"),
+        lab.patch("victim_leaf.stub", "stub_module", "values:stub"),
+        name="broken",
+    )
     handle = apply(lab.plan(first))
+    victim.f()
+    finders, report = list(sys.meta_path), handle.report()
     with pytest.raises(PatchError, match="victim:missing"):
         handle.extend(lab.plan(first, broken))
     assert handle.active
     assert handle.plan.features == ("first",)
-    assert victim.f() == 1
+    assert (victim.f(), victim.g()) == (1, 0)
+    assert [row.target for row in handle.report().rows] == [row.target for row in report.rows]
+    assert len(sys.meta_path) == len(finders)
     handle.undo()
     assert victim.f() == 0
+
+
+def test_an_extension_keeps_the_counts_of_what_it_does_not_touch(lab, victim):
+    first = lab.feature(lab.patch("victim:f"), name="first")
+    second = lab.feature(lab.patch("victim:g"), name="second")
+    handle = apply(lab.plan(first))
+    victim.f()
+    handle.extend(lab.plan(first, second))
+    victim.f()
+    assert handle.calls() == {"victim:f": 2, "victim:g": 0}
 
 
 def test_activate_adds_to_what_is_in_force(lab, victim, monkeypatch):

@@ -1,27 +1,21 @@
-"""The defects E1 to E14 of MindSpeed's patch engine, each as a test that this one does not have.
+"""The defects E1 to E11 of MindSpeed's patch engine, each as a test that this one does not have.
 
 E1 double wrapping, E2 created names, E3 the scan for None, E4 lost descriptors, E5 order of
 registration, E6 roles by suffix, E7 references out of reach, E8 conflict messages, E9 triggered
-lazy attributes, E10 dummy packages, E11 no undo, E12 changes of torch, E13 writes outside the
-engine, E14 the wrong per-parameter norm.
+lazy attributes, E10 dummy packages, E11 no undo.
 """
 
-import ast
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import mindspeed
 from mindspeed.features import load_features
 from mindspeed.patching.apply import apply
 from mindspeed.patching.errors import PatchError, PlanError
 
-SOURCES = Path(mindspeed.__file__).parent
 ADD = """
     def plus(amount):
         def wrap(original):
@@ -289,6 +283,38 @@ def test_e9_no_lazy_attribute_is_triggered(lab):
     assert set(vars(torch.classes)) == classes
 
 
+def test_e9_odd_objects_are_walked_past_and_not_into(lab):
+    lab.write(
+        "victim.odd",
+        """
+        from dataclasses import dataclass
+        from victim.base import f as _f
+        class Lazy:
+            @property
+            def __class__(self): raise RuntimeError("asked for its class")
+            def __getattr__(self, name): raise RuntimeError("asked for " + name)
+            def __eq__(self, other): raise RuntimeError("compared")
+            __hash__ = None
+        @dataclass(slots=True)
+        class Slots:
+            a: object
+            b: object = None
+        class Computing(dict):
+            def items(self): raise RuntimeError("computed")
+        lazy, slots, table = Lazy(), Slots(_f), Computing(x=_f)
+        del slots.b
+        loop = []
+        loop.append(loop)
+        """,
+    )
+    lab.write("victim.base", "def f(): return 0")
+    lab.write("values", ADD)
+    lab.load("victim.odd")
+    with lab.apply(lab.patch("victim.base:f")) as handle:
+        (row,) = handle.report().rows
+        assert set(row.stale) == {"victim.odd:slots.a", "victim.odd:table['x']"}
+
+
 def test_e10_no_package_is_pretended(lab):
     lab.write("victim.leaf", "raise ImportError('no triton')")
     lab.write(
@@ -365,72 +391,3 @@ def test_e11_undo_never_removes_what_somebody_else_put_there(lab):
         handle.undo()
     assert victim.f is foreign
     assert victim.g is original
-
-
-def test_e12_torch_is_out_of_reach(lab):
-    """A record that targets torch cannot even be made, and no value module may assign to it."""
-    with pytest.raises(ValueError, match="torch stays unchanged"):
-        lab.patch("torch:compile")
-    targets = [patch.target for feature in load_features() for patch in feature.patches]
-    assert targets
-    assert all(target.startswith("megatron.") for target in targets)
-
-
-# The only files that may write into something that they imported, each with what it does.
-WRITERS = {
-    "patching/slot.py": "puts values at their targets and takes them back",
-    "launch.py": "runs a script as Python would: its own sys.argv and sys.path",
-    "processes.py": "makes spawned children install the device layer; has an undo of its own",
-}
-
-
-def test_e13_nothing_is_written_outside_the_engine():
-    """Static: no `setattr`, and no assignment into anything imported, in features and engine."""
-    found = {}
-    for path in sorted(SOURCES.rglob("*.py")):
-        name = path.relative_to(SOURCES).as_posix()
-        if "/" not in name or name.startswith(("features/", "patching/")):
-            lines = _foreign_writes(ast.parse(path.read_text()))
-            if lines and name not in WRITERS:
-                found[name] = lines
-    assert found == {}
-    assert _foreign_writes(ast.parse("import torch\ntorch.compile = 1"))
-    assert _foreign_writes(ast.parse("from a import b\nb.c['x'] += 1"))
-    assert _foreign_writes(ast.parse("setattr(x, 'y', 1)"))
-
-
-def _foreign_writes(tree):
-    imported = {
-        (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    lines = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr"):
-            lines.append((node.lineno, "setattr"))
-        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-        for target in targets if isinstance(node, (ast.Assign, ast.AugAssign)) else ():
-            inner = target
-            while isinstance(inner, (ast.Attribute, ast.Subscript)):
-                inner = inner.value
-            plain = isinstance(target, ast.Name)
-            if not plain and isinstance(inner, ast.Name) and inner.id in imported:
-                lines.append((node.lineno, ast.unparse(target)))
-    return lines
-
-
-def test_e14_there_is_no_norm_of_ours_to_be_wrong():
-    """The stand-in for `amp_C.multi_tensor_l2norm` is not corrected, it does not exist.
-
-    Megatron brings a fallback of its own, and uses it when apex is absent; no record here targets a
-    norm, and nothing may pretend that `amp_C` or `apex` is installed.
-    """
-    records = [patch for feature in load_features() for patch in feature.patches]
-    assert not [patch for patch in records if "l2norm" in patch.target or "l2norm" in patch.value]
-    code = "import sys, mindspeed; mindspeed.apply(mindspeed.plan(level=0)); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert not {"amp_C", "apex"} & set(loaded.stdout.split())

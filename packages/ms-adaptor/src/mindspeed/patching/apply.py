@@ -127,13 +127,12 @@ class Handle:
                     f"plan {self.plan.digest} is in force and plan {plan.digest} does not contain"
                     f" it ({targets}); undo the first one before applying the second"
                 )
-            before, old = self.plan, self.plan.acting
+            before = {target: slot.steps for target, slot in self._slots.items()}
+            stubbed = len(self._stubbed)
             try:
                 self._carry_out(plan.acting)
             except BaseException:
-                self._take_back()
-                self._carry_out(old)
-                self.plan = before
+                self._go_back_to(before, stubbed)
                 raise
             self.plan = plan
 
@@ -220,6 +219,33 @@ class Handle:
                 slot.restore(self._places())
             raise
         self._waiting.pop(module.__name__, None)
+
+    def _go_back_to(self, before: dict[str, tuple[Step, ...]], stubbed: int) -> None:
+        """Undo a failed extension; slots that it did not touch stay as they are."""
+        for target, slot in list(self._slots.items()):
+            steps = before.get(target)
+            if slot.steps == steps and slot.status != "prepared":
+                continue
+            slot.restore(self._places())
+            if steps is None:
+                self._forget(slot)
+            elif slot.steps != steps:
+                slot.steps = steps
+                if slot.module_name in sys.modules:
+                    slot.prepare(sys.modules[slot.module_name])
+                    slot.commit(self._places())
+        for name in reversed(self._stubbed[stubbed:]):
+            self._stubs.remove(name)
+        del self._stubbed[stubbed:]
+
+    def _forget(self, slot: Slot) -> None:
+        del self._slots[slot.target]
+        waiting = self._waiting.get(slot.module_name, [])
+        if slot in waiting:
+            waiting.remove(slot)
+            if not waiting:
+                del self._waiting[slot.module_name]
+                self._hooks.discard(slot.module_name, self._imported)
 
     def _places(self) -> frozenset[Place]:
         return frozenset(slot.place for slot in self._slots.values())

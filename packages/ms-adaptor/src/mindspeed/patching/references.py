@@ -29,13 +29,15 @@ _CONSTANTS = (
     range,
     Enum,
 )
+# Our own glue may hold an original on purpose: a subclass of it, a fall-back to it.
+_OWN = "mindspeed"
 _DEPTH = 4
 _WIDTH = 2000
 
 
 def can_follow(value: object) -> bool:
     """Whether copies of a value can be told by identity; constants are shared by strangers."""
-    return not isinstance(value, (*_CONSTANTS, ModuleType))
+    return not issubclass(type(value), (*_CONSTANTS, ModuleType))
 
 
 def _loaded() -> list[tuple[str, ModuleType]]:
@@ -84,7 +86,7 @@ def holders_outside(root: str, wanted: Sequence[Wanted]) -> Findings:
     """Module variables of other packages; they are reported, not changed."""
     search = _Search(wanted)
     for name, module in _loaded():
-        if not _is_under(name, root):
+        if not _is_under(name, root) and not _is_under(name, _OWN):
             for key, held in list(vars(module).items()):
                 search.file(held, f"{name}:{key} (outside {root})")
     return search.findings
@@ -124,7 +126,7 @@ class _Search:
         return item is not None
 
     def inside(self, held: Any, place: str, depth: int) -> None:
-        if depth == 0 or isinstance(held, (ModuleType, str, int)):
+        if depth == 0:
             return
         for part, label in _parts(held, self.module, self.places):
             if not self.file(part, place + label):
@@ -132,25 +134,40 @@ class _Search:
 
 
 def _parts(held: Any, module: str, own: Set[tuple[object, str]]) -> Iterator[tuple[Any, str]]:
-    """The objects that `held` refers to, each with a label."""
-    if isinstance(held, FunctionType):
+    """The objects that `held` refers to, each with a label.
+
+    Decided by `type(held)` and read with the base types' own methods: `isinstance` would ask a
+    lazy object for its `__class__`, and a subclass may compute what it holds.
+    """
+    kind = type(held)
+    if kind is FunctionType:
         if held.__module__ == module:
             yield from _function_parts(held)
-    elif isinstance(held, type):
+    elif issubclass(kind, type):
         if held.__module__ == module:
             yield from _class_parts(held, own)
-    elif isinstance(held, (staticmethod, classmethod)):
+    elif kind in (staticmethod, classmethod):
         yield held.__func__, ""
-    elif isinstance(held, dict):
-        yield from ((item, f"[{key!r}]") for key, item in list(held.items())[:_WIDTH])
-    elif isinstance(held, (list, tuple, set, frozenset)):
-        yield from ((item, f"[{index}]") for index, item in enumerate(list(held)[:_WIDTH]))
-    elif isinstance(held, functools.partial):
+    elif issubclass(kind, dict):
+        yield from ((item, f"[{key!r}]") for key, item in list(dict.items(held))[:_WIDTH])
+    elif base := next((b for b in (list, tuple, set, frozenset) if issubclass(kind, b)), None):
+        items = list(base.__iter__(held))
+        yield from ((item, f"[{index}]") for index, item in enumerate(items[:_WIDTH]))
+    elif kind is functools.partial:
         yield held.func, ".func"
         yield from ((item, f".args[{index}]") for index, item in enumerate(held.args))
         yield from ((item, f".keywords[{key!r}]") for key, item in held.keywords.items())
-    elif dataclasses.is_dataclass(held):
-        yield from ((item, f".{key}") for key, item in list(vars(held).items()))
+    elif dataclasses.is_dataclass(kind):
+        yield from _field_parts(held)
+
+
+def _field_parts(held: Any) -> Iterator[tuple[Any, str]]:
+    for field in dataclasses.fields(held):
+        try:
+            # Not getattr: a class may compute its fields on access.
+            yield object.__getattribute__(held, field.name), f".{field.name}"
+        except AttributeError:
+            continue  # Never set, or a slot that is still empty.
 
 
 def _function_parts(function: FunctionType) -> Iterator[tuple[Any, str]]:

@@ -71,7 +71,7 @@ class Slot:
         self._owner = self._find_owner(module)
         self._base = vars(self._owner).get(self.name, _MISSING)
         self._check_existence(needed)
-        self.tally = Tally()
+        self.tally = None
         self._installed = self._compose(needed)
         self.status = "prepared"
 
@@ -157,11 +157,9 @@ class Slot:
             value = self._wrapped(step, loaded, value) if step.patch.kind == "wrap" else loaded
         if steps[-1].patch.kind in ("set", "add"):
             return value
-        assert self.tally is not None
         if can_count(value):
+            self.tally = Tally()
             value = counted(value, _content(self._base), self.tally)
-        else:
-            self.tally = None
         return _like(self._base, value)
 
     def _wrapped(self, step: Step, wrap: Callable[[Any], Any], value: Any) -> Any:
