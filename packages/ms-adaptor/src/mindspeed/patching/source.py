@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -39,8 +39,7 @@ class SourceTree:
     def parse(self, module: str) -> ast.Module | None:
         """The syntax tree of a dotted module, or `None` where there is no such module."""
         if module not in self._parsed:
-            text = self._read(module)
-            self._parsed[module] = None if text is None else ast.parse(text)
+            self._parsed[module] = self._find(module)
         return self._parsed[module]
 
     def has_package(self, name: str) -> bool:
@@ -57,15 +56,16 @@ class SourceTree:
         with zipfile.ZipFile(self.wheel) as archive:
             return frozenset(archive.namelist())
 
-    def _read(self, module: str) -> str | None:
+    def _find(self, module: str) -> ast.Module | None:
         parts = module.split(".")
         if parts[0] != self.package:
             return None
         if self.wheel is not None:
-            return self._read_wheel(parts)
+            text = self._read_wheel(parts)
+            return None if text is None else ast.parse(text)
         for candidate in self._candidates(parts[1:]):
             if candidate.is_file():
-                return candidate.read_text(encoding="utf-8")
+                return _parse_file(candidate, candidate.stat().st_mtime_ns)
         return None
 
     def _read_wheel(self, parts: list[str]) -> str | None:
@@ -89,6 +89,12 @@ class SourceTree:
         """megatron-core's version, read statically from `core/package_info.py`."""
         tree = self.parse(f"{self.package}.core.package_info")
         return None if tree is None else _version_of(tree)
+
+
+@lru_cache(maxsize=256)
+def _parse_file(path: Path, modified: int) -> ast.Module:
+    # Plans are made several times in one process; Megatron's files are long.
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _version_of(tree: ast.Module) -> str | None:
