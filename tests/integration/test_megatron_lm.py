@@ -39,7 +39,7 @@ DENSE = """
     --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-decay-iters 10
     --tokenizer-type NullTokenizer --vocab-size 255 --attention-dropout 0 --hidden-dropout 0
     --eval-iters 0 --eval-interval 1000 --log-interval 1 --use-cpu-initialization
-    --save-interval 1000
+    --save-interval 1000 --optimization-level 0
 """
 MOE = f"""
     {DENSE} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall
@@ -188,6 +188,14 @@ def test_layout_equals_one_process(case, unedited, start, one_process):
     flags = f"{MODELS[case.model]} {MOCK} {case.flags}"
     losses = unedited.losses(case.processes, flags, from_start(start(case.model)))
     compare(case, losses, one_process(case.model))
+
+
+@pytest.mark.parametrize("case", [Case("base", 1), CASES[2]], ids=lambda case: case.name)
+def test_default_level_rounds_differently_and_no_more(case, unedited, start, one_process):
+    level_0 = f"{DENSE} {MOCK} {case.flags}"
+    default = level_0.replace("--optimization-level 0", "")
+    losses = unedited.losses(case.processes, default, from_start(start("dense")))
+    compare(case, losses, one_process("dense"))
 
 
 @pytest.mark.parametrize("case", [Case("base", 1, exact=True), CASES[2]], ids=lambda c: c.name)
