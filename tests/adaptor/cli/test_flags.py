@@ -1,10 +1,15 @@
 """The flag table: complete, consistent with Megatron's, and acted upon on every command line."""
 
 import argparse
+import contextlib
 import hashlib
+import io
+import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindspeed import tables
 from mindspeed.features import add_flags, load_features
@@ -17,6 +22,7 @@ from mindspeed.features.native import (
     native_flags,
     rows_from_parser,
 )
+from mindspeed.patching.plan import draft
 
 ROWS = {row.flag.name: row for row in flag_rows()}
 NATIVE = {name: flag for flag in native_flags() for name in flag.names}
@@ -102,7 +108,7 @@ def parser():
 
 
 def test_other_spellings_act_as_megatrons_flag(parser):
-    for given, dest, value in (
+    for argv, dest, value in (
         (["--npu-deterministic"], "deterministic_mode", True),
         (["--qk-rope-head-dim", "32"], "qk_pos_emb_head_dim", 32),
         (["--rope-scaling-mscale", "0.7"], "mscale", 0.7),
@@ -111,7 +117,7 @@ def test_other_spellings_act_as_megatrons_flag(parser):
         (["--disable-gloo-group"], "enable_gloo_process_groups", False),
     ):
         with pytest.warns(UserWarning, match=r"is Megatron's --.*; taken as that"):
-            parsed = parser.parse_args(given)
+            parsed = parser.parse_args(argv)
         assert getattr(parsed, dest) == value
 
 
@@ -133,10 +139,10 @@ def test_a_flag_that_the_parser_has_already_is_left_alone():
 
 
 def test_unknown_flags_are_answered_with_the_nearest(capsys, parser):
-    for given, near in (("--tensor-model-paralel-size=2", "'--tensor-model-parallel-size'"),
-                        ("--swap-atention", "'--swap-attention'")):  # fmt: skip
+    for flag, near in (("--tensor-model-paralel-size=2", "'--tensor-model-parallel-size'"),
+                       ("--swap-atention", "'--swap-attention'")):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
-            parser.parse_args([given])
+            parser.parse_args([flag])
         assert caught.value.code == 2
         assert near in capsys.readouterr().err
 
@@ -160,6 +166,35 @@ def test_the_default_level_is_what_is_installed(monkeypatch):
 def test_no_unserved_flag_shares_a_name_with_megatron():
     taken = set(native_defaults())
     assert not {flag.attribute for flag in unserved_flags()} & taken
+
+
+@st.composite
+def command_lines(draw):
+    """Up to six flags, ours and Megatron's, each with a value of its kind, right or wrong."""
+    line = []
+    for name in draw(st.lists(st.sampled_from(sorted({*ROWS, *NATIVE})), max_size=6)):
+        line.append(name)
+        line.extend(draw(st.lists(st.sampled_from(["1", "-2", "0.5", "x", "[1]*2"]), max_size=2)))
+    return line
+
+
+@given(command_lines(), st.sampled_from([0, 1, 2]))
+@settings(max_examples=200, deadline=None)
+def test_any_command_line_gives_a_plan_or_an_explanation(line, level):
+    errors, status = io.StringIO(), 0
+    with contextlib.redirect_stderr(errors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = parse_megatron(line)
+        except SystemExit as stop:
+            status = stop.code
+    if status:
+        assert status == 2
+        assert errors.getvalue().startswith("megatron: error: ")
+        return
+    made = draft(config, level, "cpu", "0.16.1")
+    assert made.acting or made.problems
+    assert all(len(text.split()) > 3 for text in made.problems)
 
 
 def test_native_rows_are_what_a_live_parser_gives():

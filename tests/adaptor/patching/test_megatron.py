@@ -1,90 +1,115 @@
-"""The level-0 plan on the real Megatron: applied in any order, undone to the last attribute."""
+"""The level-0 plan on the real Megatron: applied in either order, undone to the last attribute."""
 
-import subprocess
 import sys
 
 import pytest
 
 from mindspeed.patching.source import installed_source
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(installed_source() is None, reason="megatron-core is not installed")
 
-SNAPSHOT = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch, torch.distributed, importlib.metadata
-import mindspeed, mindspeed.device
-mindspeed.device.install("cpu")
-plan = mindspeed.plan(level=0, device="cpu")
 
 def load():
-    import megatron.core.models.gpt.gpt_layer_specs
-    import megatron.core.models.gpt
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel.schedules
     import megatron.core.distributed
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.models.gpt.gpt_model
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel
+    import megatron.core.tensor_parallel  # noqa: F401
+
 
 def watched(name):
-    top = name.partition(".")[0]
-    return top == "megatron" or name in ("torch", "importlib.metadata") or name.startswith(
-        ("torch.cuda", "torch.distributed"))
+    others = ("torch.cuda", "torch.distributed")
+    return name.split(".")[0] == "megatron" or name == "torch" or name.startswith(others)
+
 
 def snapshot():
+    """Identity of every attribute of the watched modules and of the classes that they define."""
     found = {}
     for name, module in list(sys.modules.items()):
         if watched(name):
             for key, value in list(vars(module).items()):
                 found[name, key] = id(value)
                 if isinstance(value, type) and value.__module__ == name:
-                    found.update(((name, key, k), id(v)) for k, v in vars(value).items()
-                                 if not k.startswith("__") or k in ("__init__", "__new__"))
+                    found.update(
+                        ((name, key, member), id(held))
+                        for member, held in vars(value).items()
+                        if not member.startswith("__") or member in ("__init__", "__new__")
+                    )
     return found
 
+
 def differences(before, after):
-    return sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+    return sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+
 
 def state(handle):
-    # What became of each target, and the module of what now stands there.
+    """What became of each target, and the module of what stands there now."""
     rows = []
     for row in handle.report().rows:
         module, _, path = row.target.partition(":")
         owner = vars(sys.modules[module]).get(path.split(".")[0]) if module in sys.modules else None
         rows.append((row.target, row.status, getattr(owner, "__module__", None)))
     return rows
-"""
-
-# First in this order, with everything looked at on the way ...
-IMPORT_FIRST = """
-early = mindspeed.apply(plan)
-assert not [name for name in sys.modules if name.startswith("megatron")]
-finders = len(sys.meta_path)
-early.undo()
-assert len(sys.meta_path) < finders
-load()
-mindspeed.apply(plan).undo()   # once, so that lazy parts of torch are loaded before the snapshot
-before, operators = snapshot(), set(vars(torch.ops))
-handle = mindspeed.apply(plan)
-changed = differences(before, snapshot())
-applied = [row for row in handle.report().rows if row.status == "applied" and ":" in row.target]
-assert len(changed) >= len(applied) >= 10
-assert all(key[0].startswith("megatron.") for key in changed), changed
-print(state(handle))
-handle.undo()
-assert differences(before, snapshot()) == []
-assert set(vars(torch.ops)) == operators
-"""
-
-# ... then the other way round.
-APPLY_FIRST = "handle = mindspeed.apply(plan); load(); print(state(handle))"
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", SNAPSHOT + code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def import_first(rank, world_size):
+    import torch
+
+    import mindspeed
+
+    load()
+    plan = mindspeed.plan(level=0, device="cpu")
+    mindspeed.apply(plan).undo()  # once, so that lazy parts of torch are loaded before the snapshot
+    before, operators, finders = snapshot(), set(vars(torch.ops)), list(sys.meta_path)
+    handle = mindspeed.apply(plan)
+    changed = differences(before, snapshot())
+    applied = [row for row in handle.report().rows if row.status == "applied" and ":" in row.target]
+    assert len(changed) >= len(applied) >= 10
+    assert all(key[0].startswith("megatron.") for key in changed), changed
+    rows = state(handle)
+    handle.undo()
+    assert differences(before, snapshot()) == []
+    assert set(vars(torch.ops)) == operators
+    assert sys.meta_path == finders
+    return rows
+
+
+def apply_first(rank, world_size):
+    import mindspeed
+    import mindspeed.device
+
+    mindspeed.device.install("cpu")
+    handle = mindspeed.apply(mindspeed.plan(level=0, device="cpu"))
+    assert not [name for name in sys.modules if name.startswith("megatron")]
+    load()
+    return state(handle)
+
+
+def load_every_value(rank, world_size):
+    import argparse
+
+    from mindspeed.features import load_features
+    from mindspeed.patching.slot import load as load_object
+
+    count = 0
+    for feature in load_features():
+        if feature.advise:
+            assert isinstance(load_object(feature.advise)(argparse.Namespace()), str)
+        for patch in feature.patches:
+            load_object(patch.value)
+            assert patch.probe is None or callable(load_object(patch.probe))
+            count += 1
+    return count
 
 
 def test_megatron_comes_back_to_the_last_attribute_and_the_order_makes_no_difference():
-    first = run(IMPORT_FIRST)
-    assert "'applied'" in first
-    assert run(APPLY_FIRST) == first
+    (loaded,) = run_ranks(import_first, 1, preload="megatron", timeout=300)
+    (fresh,) = run_ranks(apply_first, 1, timeout=300)
+    assert loaded == fresh
+    assert "applied" in {status for _, status, _ in loaded}
+
+
+def test_every_value_and_every_probe_can_be_loaded():
+    assert run_ranks(load_every_value, 1, preload="megatron", timeout=300)[0] > 20

@@ -86,6 +86,14 @@ def test_a_configuration_may_be_anything_with_values(lab, make):
         assert len(made.acting) == acts
 
 
+def test_a_condition_without_a_value_is_a_problem_and_not_a_guess(lab):
+    feature = lab.feature(lab.patch("m:f", when="num_layers > 3"), name="one")
+    other = lab.feature(name="two", when="num_layers > 3")
+    with pytest.raises(PlanError, match="with num_layers=None") as caught:
+        lab.plan(feature, other, config={"num_layers": None})
+    assert len(caught.value.problems) == 2
+
+
 def test_a_command_line_is_no_configuration(lab):
     with pytest.raises(TypeError, match="parse the command line first"):
         lab.plan(lab.feature(), config=["--num-layers", "4"])

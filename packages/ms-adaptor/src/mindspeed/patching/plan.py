@@ -17,7 +17,7 @@ from mindspeed.patching.conflicts import Claim, conflicts
 from mindspeed.patching.detect import device_type
 from mindspeed.patching.drift import Megatron, resolve_megatron, verdict
 from mindspeed.patching.errors import PlanError
-from mindspeed.patching.expr import parse
+from mindspeed.patching.expr import ExprError, parse
 from mindspeed.patching.records import SUPPORTED_MEGATRON, Feature, Patch
 from mindspeed.patching.rules import broken_rules
 from mindspeed.patching.table import Table, make_table
@@ -238,8 +238,15 @@ class _Builder:
                 )
             return False
         if feature.when is not None:
-            return bool(parse(feature.when).evaluate(self.values))
+            return self._holds(feature, feature.when)
         return bool(asked) or not feature.flags
+
+    def _holds(self, feature: Feature, condition: str) -> bool:
+        try:
+            return bool(parse(condition).evaluate(self.values))
+        except ExprError as error:
+            self.problems.append(f"{feature.name}: {error}")
+            return False
 
     def _asked_by(self, feature: Feature) -> tuple[str, ...]:
         return tuple(f.name for f in feature.flags if self.config.gives(f.attribute))
@@ -257,7 +264,7 @@ class _Builder:
         if patch.when is not None:
             because += f", {patch.when}"
         step = Step(patch, feature.name, because, "probe" if patch.probe else "apply")
-        if patch.when is not None and not parse(patch.when).evaluate(self.values):
+        if patch.when is not None and not self._holds(feature, patch.when):
             return replace(step, status="inactive", note=f"{patch.when} is false")
         if not self.megatron.in_range:
             return replace(step, status="refused", note="unsupported version")
