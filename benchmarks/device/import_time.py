@@ -2,9 +2,9 @@
 
     python benchmarks/device/import_time.py [--pairs 7] [--out FILE]
 
-Correctness first: both interpreters must load the same Megatron modules, one of them rewritten. Then
-CPU seconds (user + system) of importing megatron.core's training modules, without the hook and
-with its cache warm. One pair after the other, medians.
+Correctness first: both interpreters must load the same Megatron modules, one of them rewritten.
+Then CPU seconds (user + system) of importing megatron.core's training modules, without the hook
+and with its cache warm. One pair after the other, medians.
 """
 
 import argparse
