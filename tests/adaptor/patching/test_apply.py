@@ -42,6 +42,20 @@ def test_nested_use_of_one_plan_ends_with_the_outermost(lab, victim):
     assert active_handle() is None
 
 
+@pytest.mark.parametrize("home", ["a", "b"])
+def test_namesakes_that_share_a_value_are_kept_apart(lab, victim, home):
+    lab.write("pair.a", "Norm = [1]")
+    lab.write("pair.b", "Norm = [2]")
+    lab.write("pair.c", f"from pair.{home} import Norm")
+    a, b, c = (lab.load(f"pair.{name}") for name in "abc")
+    before = a.Norm, b.Norm, c.Norm
+    patches = [lab.patch(f"pair.{name}:Norm", "set") for name in "ab"]
+    with lab.apply(*patches):
+        assert a.Norm is b.Norm is c.Norm is lab.load("values").new
+    assert (a.Norm, b.Norm) == ([1], [2])
+    assert all(now is then for now, then in zip((a.Norm, b.Norm, c.Norm), before, strict=True))
+
+
 def test_two_plans_at_once_are_refused(lab, victim):
     with lab.apply(lab.patch("victim:f")):
         with pytest.raises(StalePlanError, match="undo it before applying"):

@@ -176,7 +176,7 @@ class Handle:
             slot.prepare(sys.modules[slot.module_name])
         find_stale(ready, fresh=None)
         for slot in ready:
-            slot.commit(self._places())
+            slot.commit(self._claimed(slot))
 
     def _stub(self, step: Step) -> None:
         wanted = step.patch.probe is None or load(step.patch.probe)(None)
@@ -192,7 +192,7 @@ class Handle:
         if slot is None:
             slot = self._slots[target] = Slot(target, steps)
         else:
-            slot.restore(self._places())
+            slot.restore(self._claimed(slot))
             slot.steps = steps
         if slot.module_name in sys.modules:
             return [slot]
@@ -213,10 +213,10 @@ class Handle:
                 slot.prepare(module)
             find_stale(slots, fresh=module.__name__)
             for slot in slots:
-                slot.commit(self._places())
+                slot.commit(self._claimed(slot))
         except BaseException:
             for slot in slots:
-                slot.restore(self._places())
+                slot.restore(self._claimed(slot))
             raise
         self._waiting.pop(module.__name__, None)
 
@@ -226,14 +226,14 @@ class Handle:
             steps = before.get(target)
             if slot.steps == steps and slot.status != "prepared":
                 continue
-            slot.restore(self._places())
+            slot.restore(self._claimed(slot))
             if steps is None:
                 self._forget(slot)
             elif slot.steps != steps:
                 slot.steps = steps
                 if slot.module_name in sys.modules:
                     slot.prepare(sys.modules[slot.module_name])
-                    slot.commit(self._places())
+                    slot.commit(self._claimed(slot))
         for name in reversed(self._stubbed[stubbed:]):
             self._stubs.remove(name)
         del self._stubbed[stubbed:]
@@ -247,8 +247,10 @@ class Handle:
                 del self._waiting[slot.module_name]
                 self._hooks.discard(slot.module_name, self._imported)
 
-    def _places(self) -> frozenset[Place]:
-        return frozenset(slot.place for slot in self._slots.values())
+    def _claimed(self, slot: Slot) -> frozenset[Place]:
+        """Places that belong to other slots, and the copies that these have rebound."""
+        others = [other for other in self._slots.values() if other is not slot]
+        return frozenset(place for other in others for place in (other.place, *other.copies))
 
     def _take_back(self) -> list[str]:
         for name in list(self._waiting):
@@ -257,7 +259,7 @@ class Handle:
         problems = []
         for slot in reversed(self._slots.values()):
             try:
-                slot.restore(self._places())
+                slot.restore(self._claimed(slot))
             except PatchError as error:
                 problems.append(str(error))
         for name in reversed(self._stubbed):

@@ -51,7 +51,7 @@ class Slot:
         self._owner: Any = None
         self._base: Any = _MISSING
         self._installed: Any = _MISSING
-        self._copies: list[tuple[ModuleType, str]] = []
+        self.copies: list[tuple[ModuleType, str]] = []
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Slot:
     @property
     def rebound(self) -> tuple[str, ...]:
         """Module variables that held the original by value."""
-        return tuple(f"{module.__name__}:{key}" for module, key in self._copies)
+        return tuple(f"{module.__name__}:{key}" for module, key in self.copies)
 
     @property
     def place(self) -> Place:
@@ -100,18 +100,18 @@ class Slot:
         """Put the composed object in place, and in place of every by-value copy.
 
         Args:
-            others: places of other slots, which look after themselves.
+            others: places and copies of other slots, which look after themselves.
         """
         if self.status == "prepared":
             _assign(self._owner, self.name, self._installed)
-            self._copies = self._rebind(self._base, self._installed, others | {self.place})
+            self.copies = self._rebind(self._base, self._installed, others | {self.place})
             self.status = "applied"
 
     def restore(self, others: Set[Place] = frozenset()) -> None:
         """Put the original back.
 
         Args:
-            others: places of other slots, which look after themselves.
+            others: places and copies of other slots, which look after themselves.
 
         Raises:
             PatchError: somebody else has changed the place since; it is left alone.
@@ -129,7 +129,7 @@ class Slot:
             )
         _assign(self._owner, self.name, self._base)
         self._base = self._installed = _MISSING
-        self._copies = []
+        self.copies = []
 
     def _is_needed(self, step: Step, module: ModuleType) -> bool:
         return step.patch.probe is None or bool(load(step.patch.probe)(module))
@@ -181,7 +181,7 @@ class Slot:
         anywhere = self._defines(old)
         places = []
         for module, key in references.copies(self.root, old):
-            known = anywhere or key == self.name or (module, key) in self._copies
+            known = anywhere or key == self.name or (module, key) in self.copies
             if known and (module, key) not in others:
                 vars(module)[key] = new
                 places.append((module, key))
