@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mindspeed.train.config import TrainConfig, section_of_leaf
-from mindspeed.train.flags import GROUPS, Row, annotations
+from mindspeed.train.flags import GROUPS, Row, leaf_types
 
 LATEST = "latest"
 # The job of `mindspeed train` without any flag: minutes on two cores, attention worth its name.
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     _add_run_options(parser)
-    types, default = annotations(), TrainConfig.of(**DEFAULT_JOB).flat()
+    types, default = leaf_types(), TrainConfig.of(**DEFAULT_JOB).flat()
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for row in rows:
@@ -154,9 +154,10 @@ def build_parser() -> argparse.ArgumentParser:
                 "--group-query-attention", action="store_true", help="share key and value heads"
             )
     # Features' own flags, and an explanation for each MindSpeed flag that is not built yet.
+    own = set(parser._actions)
     add_flags(parser)
     for action in parser._actions:
-        if action.dest == "optimization_level":
+        if action not in own:
             action.default = argparse.SUPPRESS
     return parser
 

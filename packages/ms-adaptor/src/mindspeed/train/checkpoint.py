@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.state import (
     STATE_FILE,
     TRACKER_FILE,
@@ -50,13 +50,6 @@ class PendingSave:
     def done(self, wait: bool = False) -> bool:
         """Whether the checkpoint is complete; with `wait`, only returns when it is."""
         return self._poll(wait)
-
-
-def bare(chunk: nn.Module) -> nn.Module:
-    """The model inside its wrappers."""
-    from mindspeed.train.model import unwrap
-
-    return unwrap(chunk)
 
 
 def save(trainer: Trainer, folder: Path, *, asynchronous: bool) -> PendingSave:
@@ -142,7 +135,7 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     for key, chunk in _chunk_keys(trainer):
-        bare(chunk).load_state_dict(loaded[key])
+        unwrap(chunk).load_state_dict(loaded[key])
     if record["optimizer"]:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
     else:
@@ -196,7 +189,7 @@ def _metadata(trainer: Trainer, *, for_storage: bool) -> dict[str, Any]:
     return metadata
 
 
-def _chunk_keys(trainer: Trainer) -> list[tuple[str, nn.Module]]:
+def _chunk_keys(trainer: Trainer) -> list[tuple[str, Chunk]]:
     if len(trainer.chunks) == 1:
         return [("model", trainer.chunks[0])]
     return [(f"model{index}", chunk) for index, chunk in enumerate(trainer.chunks)]
@@ -213,7 +206,7 @@ def _state_dict(trainer: Trainer, *, loading: bool, optimizer: bool) -> dict[str
 
     metadata = _metadata(trainer, for_storage=False)
     state: dict[str, Any] = {
-        key: bare(chunk).sharded_state_dict(metadata=metadata)
+        key: unwrap(chunk).sharded_state_dict(metadata=metadata)
         for key, chunk in _chunk_keys(trainer)
     }
     if optimizer:

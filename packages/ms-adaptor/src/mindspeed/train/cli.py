@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from mindspeed.train.args import Options, UsageError, parse
-from mindspeed.train.level import LevelError, available_levels, levels_with_features
+from mindspeed.train.config import TrainConfig
+from mindspeed.train.level import LevelError, available_levels, config_for, levels_with_features
 from mindspeed.train.runs import RunPlan, plan_run
 from mindspeed.train.state import CheckpointError
 from mindspeed.train.text import TextError
@@ -76,15 +77,13 @@ def _levels(options: Options) -> list[int]:
     return usable
 
 
-def _check_plans(config: object, levels: Sequence[int]) -> None:
+def _check_plans(config: TrainConfig, levels: Sequence[int]) -> None:
     """The rules of every feature, before any process starts."""
     import mindspeed
-    from mindspeed.train.config import TrainConfig
 
-    assert isinstance(config, TrainConfig)
     for level in levels:
         try:
-            mindspeed.plan(config.plan_values(), level)
+            mindspeed.plan(config_for(config, level, levels).plan_values(), level)
         except mindspeed.PlanError as error:
             raise ConfigError(str(error)) from error
 

@@ -175,7 +175,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def annotations() -> dict[str, str]:
+def leaf_types() -> dict[str, str]:
     """Leaf name to its annotation, as text."""
     out: dict[str, str] = {}
     default = TrainConfig()

@@ -67,10 +67,18 @@ class Group:
         self.level = config.optimization_level
         self.step = 0
         self._rendezvous = tempfile.TemporaryDirectory(prefix="mindspeed-")
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        try:
+            self._start(cache, load, reshard)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, cache: Path, load: Path | None, reshard: bool) -> None:
+        config, nproc = self.config, self.nproc
         threads = max(1, usable_cores() // nproc)
         context = _context()
-        self._processes = []
-        self._connections: list[Connection] = []
         for rank in range(nproc):
             mine, theirs = context.Pipe()
             job = RankJob(

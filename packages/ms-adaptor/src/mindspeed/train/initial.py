@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+from mindspeed.train.model import Chunk
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _OUTPUT_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def initialize_by_name(chunks: list[nn.Module], core: TransformerConfig, seed: int) -> None:
+def initialize_by_name(chunks: list[Chunk], core: TransformerConfig, seed: int) -> None:
     """Overwrites every weight matrix in place; vectors (norms, biases) keep 1 and 0.
 
     Args:

@@ -16,6 +16,7 @@ from mindspeed.train.args import Options
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.console import Display, print_summaries
 from mindspeed.train.group import Group, RankFailure
+from mindspeed.train.level import available_levels, config_for
 from mindspeed.train.metrics import MetricsFile, StepRow, Summary, interleaved_ratio, summarize
 from mindspeed.train.plot import plot_losses
 
@@ -30,11 +31,12 @@ def run_job(options: Options, plan: runs.RunPlan, levels: Sequence[int]) -> int:
     """Trains every level and reports; returns the exit status of the command."""
     from mindspeed.train.cli import FAILED, GOOD, INTERRUPTED
 
-    runs.create(plan)
     job = Job(options, plan, levels)
     try:
         with stop_on_interrupt(job):
             job.start()
+            # Only now, when every rank has its model and its checkpoint, is anything written.
+            runs.create(plan)
             job.train()
             job.finish()
     except RankFailure as failure:
@@ -75,7 +77,7 @@ class Job:
         self._introduce(config)
         for level in self.levels:
             self.groups[level] = Group(
-                config.replace(optimization_level=level),
+                config_for(config, level, self.levels),
                 options.nproc,
                 self.plan.cache,
                 self.plan.load,
@@ -96,8 +98,6 @@ class Job:
         )
         asked = self.options.config.optimization_level
         if asked > max(self.levels):
-            from mindspeed.train.level import available_levels
-
             reason = available_levels()[asked] or f"it adds nothing yet to level {self.levels[-1]}"
             note(f"level {asked} is not used: {reason}")
         note(f"results in {self.plan.folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from mindspeed.train.config import TrainConfig
@@ -30,6 +31,17 @@ def levels_with_features() -> list[int]:
     from mindspeed.features import load_features
 
     return sorted({0, *(feature.level for feature in load_features())})
+
+
+def config_for(config: TrainConfig, level: int, levels: Sequence[int]) -> TrainConfig:
+    """The configuration of one of the levels that train.
+
+    Level 0 as the base line of a comparison goes without the flags of features; alone it keeps
+    them, so that they are refused.
+    """
+    if level == 0 and len(levels) > 1:
+        config = config.replace(feature_flags=())
+    return config.replace(optimization_level=level)
 
 
 def activate_level(config: TrainConfig) -> Any:

@@ -110,7 +110,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a")
+        self._path = path
+        self._file: TextIO | None = None
 
     def step(self, row: StepRow) -> None:
         """Adds one step."""
@@ -121,9 +122,12 @@ class MetricsFile:
         self._write({"level": level, "summary": asdict(summary)})
 
     def _write(self, value: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = self._path.open("a")
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

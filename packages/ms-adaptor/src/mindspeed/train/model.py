@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from mindspeed.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+# A model of Megatron, wrapped or not; its attributes are not typed.
+Chunk = Any
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -103,7 +106,7 @@ def _recompute_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def build_chunks(config: TrainConfig) -> list[nn.Module]:
+def build_chunks(config: TrainConfig) -> list[Chunk]:
     """The unwrapped model chunks of this rank, one per virtual stage, with initial weights."""
     from megatron.core import parallel_state
 
@@ -134,14 +137,14 @@ def _build_chunk(
     vp_stage: int | None,
     pre_process: bool,
     post_process: bool,
-) -> nn.Module:
+) -> Chunk:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import (
         set_defaults_if_not_set_tensor_model_parallel_attributes,
     )
 
     model = config.model
-    chunk: nn.Module = GPTModel(
+    chunk: Chunk = GPTModel(
         config=core,
         transformer_layer_spec=_layer_spec(config, core, vp_stage),
         vocab_size=config.padded_vocab_size,
@@ -176,7 +179,7 @@ def _layer_spec(config: TrainConfig, core: TransformerConfig, vp_stage: int | No
     )
 
 
-def wrap_chunks(config: TrainConfig, chunks: list[nn.Module]) -> list[nn.Module]:
+def wrap_chunks(config: TrainConfig, chunks: list[Chunk]) -> list[Chunk]:
     """Adds the low-precision module and Megatron's data-parallel wrapper."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
@@ -205,7 +208,7 @@ def wrap_chunks(config: TrainConfig, chunks: list[nn.Module]) -> list[nn.Module]
     return wrapped
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
+def unwrap(chunk: Chunk) -> Chunk:
     """The GPT inside the data-parallel and low-precision wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

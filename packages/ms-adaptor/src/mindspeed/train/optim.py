@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from mindspeed.train.config import TrainConfig
-from mindspeed.train.model import compute_dtype
+from mindspeed.train.model import Chunk, compute_dtype
 
 
-def build_optimizer(config: TrainConfig, chunks: list[nn.Module]) -> Any:
+def build_optimizer(config: TrainConfig, chunks: list[Chunk]) -> Any:
     """The optimizer over the wrapped chunks of this rank."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -17,7 +17,7 @@ def ensure_process_group(timeout: float) -> bool:
     backend = _backend()
     dist.init_process_group(
         backend,
-        store=dist.HashStore(),
+        store=dist.HashStore(),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
         timeout=timedelta(seconds=timeout),

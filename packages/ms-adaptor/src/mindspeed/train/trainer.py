@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mindspeed.train import checkpoint, parallel
 from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import activate_level
 from mindspeed.train.meter import peak_bytes
+from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.validate import check
 
 
@@ -227,7 +228,7 @@ class Trainer:
         random_state = checkpoint.random_state()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        bare = [checkpoint.bare(chunk) for chunk in self.chunks]  # the wrapper hides `buffers`
+        bare = [unwrap(chunk) for chunk in self.chunks]  # the wrapper hides `buffers`
         with saved_bytes(exclude=bare) as meter:
             self._forward_backward(self._train_batches, self.step_count * self.num_microbatches)
         for chunk in self.chunks:
@@ -302,7 +303,7 @@ class Trainer:
         out = {}
         for index, chunk in enumerate(self.chunks):
             prefix = f"{index}." if len(self.chunks) > 1 else ""
-            for name, parameter in checkpoint.bare(chunk).named_parameters():
+            for name, parameter in unwrap(chunk).named_parameters():
                 out[prefix + name] = parameter.detach()
         return out
 
@@ -370,7 +371,7 @@ class Trainer:
         self.close()
 
 
-def _forward_step(iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> Any:
+def _forward_step(iterator: Iterator[dict[str, Tensor]], model: Chunk) -> Any:
     batch = next(iterator)
     # No mask is passed: the causal one belongs to the layer, and a kernel may never build it.
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

@@ -97,7 +97,7 @@ def _serve(job: RankJob, connection: Connection) -> None:
         torch.accelerator.set_device_index(job.rank % torch.accelerator.device_count())
     dist.init_process_group(
         descriptor.backend,
-        store=dist.FileStore(job.store, job.world_size),
+        store=dist.FileStore(job.store, job.world_size),  # type: ignore[attr-defined]
         rank=job.rank,
         world_size=job.world_size,
         timeout=timedelta(seconds=config.distributed_timeout),
