@@ -2,7 +2,8 @@
 
 Every round runs every contender once, in turn, so that whatever else the machine does hits all of
 them alike. Reported is the median over rounds of the ratio to the eager composition within the
-round; absolute medians are there to judge the size of the work only.
+round; absolute medians are there to judge the size of the work only. With one thread the clock is
+the processor time of this process, which other work on the machine hardly disturbs.
 """
 
 import argparse
@@ -66,16 +67,21 @@ def gate(function, plain, case, dtype):
     return dy, round(ours, 2), round(theirs, 2)
 
 
+def clock():
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def interleave(runs, rounds):
     """Return seconds per contender and round, after one warm-up each."""
+    now = clock()
     for run in runs.values():
         run()
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = now()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return times
 
 
@@ -122,6 +128,7 @@ def environment():
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
     }
 
 

@@ -94,9 +94,7 @@ def _body(op: str, direction: str, facts: Callable[..., Facts]) -> Callable[...,
     return run
 
 
-def _custom_op(
-    name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]
-) -> torch.library.CustomOpDef:
+def _custom_op(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     arguments, returns = schema.split(" -> ")
     full = f"{arguments[:-1]}, str backend) -> {returns}"
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=full)

@@ -69,7 +69,9 @@ def _repeat(x: Tensor, query: Tensor) -> Tensor:
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.unflatten(1, (like.shape[1], -1)).sum(2)
+    batch, heads, rows, channels = grad.shape
+    groups = like.shape[1]
+    return grad.view(batch, groups, heads // groups, rows, channels).sum(2)
 
 
 BACKEND = Backend("reference", 100, {"attention": Kernel(forward, backward)})

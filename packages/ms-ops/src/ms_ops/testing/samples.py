@@ -63,7 +63,8 @@ def rms_norm(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
 def swiglu(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     """Yield calls of `swiglu`."""
     make = maker(dtype, device)
-    for shape in ((4, 16), (3, 5, 62), (2,), (0, 6), (5, 0), (65, 514)):
+    # The last shape is larger than what a backend may take as one block of rows.
+    for shape in ((4, 16), (3, 5, 62), (2,), (0, 6), (5, 0), (65, 514), (3, 211, 1026)):
         yield Sample(f"shape{shape}", (make(*shape),))
     yield Sample("dim0", (make(6, 7),), {"dim": 0})
     yield Sample("dim1", (make(3, 10, 7),), {"dim": 1})
@@ -91,6 +92,9 @@ def rope(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(f"sliced_{tag}", (packed, *trig(5, 2, 1, 8)), kwargs)
         yield Sample(f"trig_grad_{tag}", (make(4, 2, 3, 6), *trig(4, 1, 1, 6)), kwargs, (0, 1, 2))
     yield Sample("tnd", (make(11, 3, 8), *trig(11, 1, 8)))
+    # Larger than what a backend may take as one block.
+    yield Sample("blocks_sbnd", (make(130, 1, 40, 64), *trig(130, 1, 1, 64)))
+    yield Sample("blocks_bnsd", (make(3, 20, 70, 64), *trig(1, 1, 70, 64)))
     yield Sample("empty", (make(0, 2, 3, 8), *trig(0, 1, 1, 8)))
     yield Sample("no_channels", (make(4, 1, 2, 6), *trig(4, 1, 1, 0)))
     yield Sample("transposed", (make(2, 3, 9, 8).transpose(1, 2), *trig(1, 9, 1, 8)))

@@ -30,6 +30,7 @@ class RMSNorm(torch.nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.weight_offset = weight_offset
+        self.epsilon = eps
         super().__init__(hidden_size, eps=eps, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -38,7 +39,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x: [..., hidden]`."""
-        return ms_ops.rms_norm(x, self.weight, self.eps, weight_offset=self.weight_offset)
+        return ms_ops.rms_norm(x, self.weight, self.epsilon, weight_offset=self.weight_offset)
 
 
 class Norm:
@@ -62,7 +63,8 @@ class Norm:
         if config.normalization == "LayerNorm":
             return build_norm(config, hidden_size, eps)
         if config.normalization != "RMSNorm":
-            return WrappedTorchNorm(config, hidden_size, eps)
+            other: torch.nn.Module = WrappedTorchNorm(config, hidden_size, eps)
+            return other
         offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         norm = RMSNorm(hidden_size, eps, offset, config.params_dtype)
         # Megatron sums the gradients of tagged parameters over the tensor-parallel group.
