@@ -21,6 +21,11 @@ def uses_megatron(rank, world_size):
     return device.current().type, y.tolist()
 
 
+def processor_seconds(rank, world_size):
+    uses_megatron(rank, world_size)
+    return time.process_time()
+
+
 def sees_plain_torch(rank, world_size):
     return torch.cuda.is_available(), dist.get_backend()
 
@@ -32,11 +37,9 @@ def test_megatron_runs_in_ranks_and_never_reaches_the_test_process():
     assert after == before
 
 
-def test_a_warm_call_does_not_import_megatron_again():
-    run_ranks(uses_megatron, 1, preload="megatron")
-    start = time.monotonic()
-    run_ranks(uses_megatron, 2, preload="megatron")
-    assert time.monotonic() - start < 3  # the import alone takes longer
+def test_ranks_do_not_import_megatron_again():
+    """Their own processor seconds, which other load on the machine does not change much."""
+    assert max(run_ranks(processor_seconds, 2, preload="megatron")) < 1.0  # the import takes 3 s
 
 
 def test_torch_is_itself_in_these_ranks():

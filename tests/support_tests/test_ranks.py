@@ -78,6 +78,11 @@ def returns_doubled(rank, world_size, value):
     return doubled(value)
 
 
+def processor_seconds(rank, world_size):
+    dist.all_reduce(torch.ones(1))
+    return time.process_time()
+
+
 def without_group(rank, world_size):
     return rank, dist.is_initialized()
 
@@ -115,14 +120,9 @@ def test_results_by_rank(world_size):
     assert all(r["shape"] == Shape(3) for r in results)
 
 
-def test_a_warm_call_is_fast():
-    run_ranks(without_group, 1)  # the server may have to start
-    durations = []
-    for _ in range(5):
-        start = time.monotonic()
-        run_ranks(sum_of_ranks, 2, Shape(1))
-        durations.append(time.monotonic() - start)
-    assert min(durations) < 1.0  # spawn would take 3 s or more
+def test_ranks_import_nothing_again():
+    """Their own processor seconds, which other load on the machine does not change much."""
+    assert max(run_ranks(processor_seconds, 2)) < 0.5  # importing torch takes 1.5 s or more
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
