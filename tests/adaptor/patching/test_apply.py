@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from mindspeed.patching.apply import activate, active_handle, apply
 from mindspeed.patching.errors import PatchError, PlanError, StalePlanError
@@ -144,10 +145,43 @@ def test_activate_adds_to_what_is_in_force(lab, victim, monkeypatch):
     assert activate({"a_extra": True}, level=2, device="cpu") is handle
     assert (victim.f(), victim.g()) == (1, 1)
     assert activate({"a_extra": True}, level=2, device="cpu") is handle
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+    assert len(hooks) == 1
     with pytest.raises(StalePlanError):
         activate({}, level=2, device="cpu")
     with pytest.raises(PlanError, match="--optimization-level 2"):
         activate({"a_extra": True}, level=1, device="cpu")
+    handle.undo()
+    assert len(hooks) == 0
+
+
+def test_the_first_step_tells_what_nobody_called(lab, victim, caplog):
+    asked = lab.feature(lab.patch("victim:f"), lab.patch("victim:g"), name="ops.asked", level=1)
+    lab.write("victim2.repair", "def f(): return 0")
+    lab.load("victim2.repair")
+    repair = lab.feature(lab.patch("victim2.repair:f"), name="level0.repair")
+    caplog.set_level("INFO", logger="mindspeed")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with apply(lab.plan(asked, repair)) as handle:
+        handle.watch_first_step()
+        handle.watch_first_step()
+        victim.f()
+        assert caplog.messages == []
+        optimizer.step()
+        optimizer.step()
+        assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+            ("WARNING", "not called in the first step on this rank, so without effect:"
+                        " victim:g (ops.asked)"),
+            ("INFO", "repairs that the first step did not reach: victim2.repair:f"),
+        ]  # fmt: skip
+
+
+def test_an_undone_handle_no_longer_watches(lab, victim, caplog):
+    caplog.set_level("INFO", logger="mindspeed")
+    with lab.apply(lab.patch("victim:f")) as handle:
+        handle.watch_first_step()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

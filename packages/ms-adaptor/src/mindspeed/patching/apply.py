@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from types import ModuleType, TracebackType
 
 from mindspeed.patching.errors import PatchError, StalePlanError
+from mindspeed.patching.first_step import watch_first_step
 from mindspeed.patching.hooks import ImportHooks
 from mindspeed.patching.plan import Plan, Step, plan
 from mindspeed.patching.slot import Place, Slot, find_stale, load
@@ -73,6 +74,7 @@ class Handle:
         self._hooks = ImportHooks()
         self._waiting: dict[str, list[Slot]] = {}
         self._holds = 0
+        self._stop_watching: Callable[[], None] | None = None
         self._last: tuple[Report, tuple[str, ...]] | None = None
 
     @property
@@ -153,6 +155,11 @@ class Handle:
     def calls(self) -> dict[str, int]:
         """Eager calls of every counted target."""
         return {r.target: r.calls for r in self.report().rows if r.calls is not None}
+
+    def watch_first_step(self) -> None:
+        """Log, after the next optimizer step, the patched functions that nobody has called."""
+        if self._stop_watching is None and "torch" in sys.modules:
+            self._stop_watching = watch_first_step(self)
 
     def never_called(self) -> tuple[str, ...]:
         """Applied targets that nobody has called; ask after the first training step."""
@@ -253,6 +260,8 @@ class Handle:
         return frozenset(place for other in others for place in (other.place, *other.copies))
 
     def _take_back(self) -> list[str]:
+        if self._stop_watching is not None:
+            self._stop_watching()
         for name in list(self._waiting):
             self._hooks.discard(name, self._imported)
         self._waiting.clear()
@@ -335,6 +344,8 @@ def _start(plan: Plan, strict: bool) -> Handle:
 def activate(config: object, level: int | None = None, device: str = "auto") -> Handle:
     """Plan for a parsed configuration and put the plan in force, adding to what already is.
 
+    After the first optimizer step, patched functions that nobody has called are logged.
+
     Args:
         config: the parsed arguments: a namespace, a mapping, or an object with attributes.
         level: optimization level; `None` takes `optimization_level` of the configuration, else
@@ -349,8 +360,10 @@ def activate(config: object, level: int | None = None, device: str = "auto") -> 
     with _state.lock:
         current = _state.active
         if current is None or current.plan.digest == wanted.digest:
-            return apply(wanted)
-        current.extend(wanted)
+            current = apply(wanted)
+        else:
+            current.extend(wanted)
+        current.watch_first_step()
         return current
 
 

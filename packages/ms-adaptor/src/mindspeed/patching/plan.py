@@ -33,6 +33,7 @@ class Step:
     Attributes:
         patch: the record.
         feature: name of the feature that brings it.
+        level: optimization level of that feature.
         because: the flags, the device or the level that ask for it.
         status: `apply` will patch; `probe` will patch if the probe finds the defect; `inactive`
             its condition is false; `native` this Megatron does not need it; `absent` that part of
@@ -43,6 +44,7 @@ class Step:
 
     patch: Patch
     feature: str
+    level: int
     because: str
     status: Status
     note: str = ""
@@ -263,7 +265,8 @@ class _Builder:
         because = " ".join(self._asked_by(feature)) or f"level {feature.level}"
         if patch.when is not None:
             because += f", {patch.when}"
-        step = Step(patch, feature.name, because, "probe" if patch.probe else "apply")
+        status: Status = "probe" if patch.probe else "apply"
+        step = Step(patch, feature.name, feature.level, because, status)
         if patch.when is not None and not self._holds(feature, patch.when):
             return replace(step, status="inactive", note=f"{patch.when} is false")
         if not self.megatron.in_range:
