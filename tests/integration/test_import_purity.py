@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from .workspace import LIBRARIES, PACKAGES, run_python
+from .workspace import LIBRARIES, PACKAGES, ROOT, run_python
 
 OBSERVE = """
 import importlib, json, os, signal, sys, threading, warnings
@@ -163,6 +164,37 @@ def test_source_is_safe(package):
         if (places := unsafe_places(parsed(path)))
     }
     assert bad == {}
+
+
+def environment_names(tree: ast.Module) -> set[str]:
+    """Names of the environment variables that a file reads or writes, constants resolved."""
+    constants = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    keys: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and dotted(node.value) == "os.environ":
+            keys.append(node.slice)
+        elif isinstance(node, ast.Call) and dotted(node.func) in READERS and node.args:
+            keys.append(node.args[0])
+    names = {ast.unparse(key) for key in keys}
+    return {str(constants.get(name, name)).strip("'") for name in names}
+
+
+READERS = {"os.environ.get", "os.getenv", "os.environ.pop", "os.environ.setdefault"}
+
+
+def test_every_environment_variable_is_documented():
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`([A-Z][A-Z_]+)`", page.split("Megatron and torch")[0]))
+    sources = [path for package in PACKAGES for path in package.sources]
+    used = set().union(*(environment_names(parsed(path)) for path in sources))
+    aliases = {"PRELOAD_VARIABLE"}  # imported from the module that defines it
+    assert used - aliases == documented
 
 
 @pytest.mark.parametrize("package", LIBRARIES, ids=lambda p: p.name)
