@@ -72,6 +72,7 @@ def test_alone(model):
     check(MODELS[model], 1)
 
 
+@pytest.mark.megatron014
 @pytest.mark.parametrize("model", ["gpt", "llama"])
 def test_tensor_and_sequence_parallel(model):
     check({**MODELS[model], **SP}, 2)

@@ -244,6 +244,14 @@ def test_layer_spec_needs_no_patch():
     assert in_megatron(spec_classes) == ["Norm", "Norm", "FusedAttention", "Norm", "Norm"]
 
 
+def test_norms_of_other_libraries_stay():
+    def block(name):
+        return SimpleNamespace(LayerNormImpl=type(name, (), {}))
+
+    assert rms_norm.is_torch_norm(block("WrappedTorchNorm"))
+    assert not rms_norm.is_torch_norm(block("TENorm"))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "words"),
     [

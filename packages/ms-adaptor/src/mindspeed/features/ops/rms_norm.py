@@ -16,6 +16,7 @@ FEATURE = Feature(
             target="megatron.core.transformer.transformer_block:LayerNormImpl",
             kind="set",
             value="mindspeed.features.ops.norm_module:Norm",
+            probe="mindspeed.features.ops.rms_norm:is_torch_norm",
             reason=(
                 "The norms of the layers come from the spec provider; the last norm of a block"
                 " is this module variable, which no spec of a single layer reaches."
@@ -25,6 +26,11 @@ FEATURE = Feature(
     advise="mindspeed.features.ops.rms_norm:advise",
     page="docs/ops/rms_norm.md",
 )
+
+
+def is_torch_norm(module: Any) -> bool:
+    """Whether the block's last norm is torch's, not one of TransformerEngine or Apex."""
+    return module.LayerNormImpl.__name__ == "WrappedTorchNorm"
 
 
 def advise(config: Any) -> str:

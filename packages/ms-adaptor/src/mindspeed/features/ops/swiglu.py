@@ -16,6 +16,7 @@ FEATURE = Feature(
             target="megatron.core.fusions.fused_bias_swiglu:bias_swiglu_impl",
             kind="replace",
             value="mindspeed.features.ops.swiglu_function:bias_swiglu_impl",
+            when="swiglu or gated_linear_unit",
             reason=(
                 "The local spec provider's activation module is reached only with"
                 " use_te_activation_func, which the local GPT spec does not read; the MLP calls"
