@@ -169,6 +169,19 @@ def test_planned_and_dropped_flags_in_a_configuration_are_problems():
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.parametrize(
+    ("value", "given"), [(0, False), (False, False), (1, True), (True, True), ([0, 0], True)]
+)
+def test_a_flag_is_given_when_its_value_is_not_the_default(lab, value, given):
+    assert lab.plan(feature_with(lab), config={"a_ring": value}).features == ("cp.ring",) * given
+
+
+def test_an_array_in_the_configuration_is_a_value_like_any_other(lab):
+    numpy = pytest.importorskip("numpy")
+    made = lab.plan(feature_with(lab), config={"a_ring": numpy.array([0, 0])})
+    assert made.features == ("cp.ring",)
+
+
 def test_a_validated_namespace_of_megatron_is_no_problem():
     """Names that Megatron sets for itself are never taken for flags of ours."""
     from mindspeed.features.native import native_defaults

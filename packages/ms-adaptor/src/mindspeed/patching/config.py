@@ -48,5 +48,7 @@ class Config(Mapping[str, Any]):
 
 
 def _same(value: Any, default: Any) -> bool:
-    # `1 == True` holds, but a flag that is set to 1 is not the same thing as a switch.
-    return value is default or (type(value) is type(default) and bool(value == default))
+    try:
+        return value is default or bool(value == default)
+    except (TypeError, ValueError, RuntimeError):
+        return False  # Arrays have no one answer; no default is an array.
