@@ -167,3 +167,20 @@ def test_both_ways_to_say_virtual_stages_exclude_each_other():
     words = "--num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 2"
     with pytest.raises(UsageError, match="give one of them"):
         parse(words.split())
+
+
+@pytest.mark.parametrize(("argv", "levels"), [([], [0, 1]), (["--num-layers", "2"], [1])])
+def test_no_argument_means_a_comparison(argv, levels, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mindspeed.train.job.run_job", lambda *call: seen.append(call) or 0)
+    assert main(argv) == 0
+    ((options, _, trained),) = seen
+    assert trained == levels
+    assert options.compare_levels == (len(levels) > 1)
+
+
+def test_level_zero_refuses_flags_of_features(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--optimization-level", "0", "--use-fused-swiglu"]) == 2
+    assert "level" in capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""Every split of the model reaches the losses of the one-process run; Megatron's own features."""
+"""The trainer itself. That every split equals one process is level 0's matrix of tests."""
 
 import pytest
 
-from mindspeed.train import TrainConfig, Trainer
-from support.ranks import run_ranks
+from mindspeed.train import ConfigError, TrainConfig, Trainer
+from support.ranks import RankError, run_ranks
 
 STEPS = 6
 TINY = {
@@ -17,136 +17,81 @@ TINY = {
     "global_batch_size": 8,
     "train_iters": STEPS,
 }
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_router_load_balancing_type": "none",
+MODERN = TINY | {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "num_query_groups": 2,
     "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+}
+EXPERTS = MODERN | {"num_experts": 4, "moe_layer_freq": 2, "moe_ffn_hidden_size": 24}
+TP_PP = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "sequence_parallel": True,
 }
 
 
-def losses(rank, world_size, flat, steps=STEPS):
+def losses(rank, world_size, flat):
     with Trainer(TrainConfig.of(**flat)) as trainer:
-        results = trainer.run(steps)
-    return [(result.loss, result.grad_norm) for result in results]
+        results = trainer.run(STEPS)
+    return [(r.loss, r.grad_norm, r.saved_bytes, r.tokens) for r in results]
 
 
-_reference: dict = {}
+def test_ranks_report_equal_results_and_one_process_agrees():
+    one = run_ranks(losses, 1, MODERN, preload="megatron")[0]
+    four = run_ranks(losses, 4, MODERN | TP_PP, preload="megatron")
+    assert all(rank == four[0] for rank in four)
+    for step, (got, wanted) in enumerate(zip(four[0], one, strict=True)):
+        assert got == pytest.approx(wanted, rel=2e-6 if step < 3 else 1e-4), f"step {step + 1}"
+    assert one[-1][0] < one[0][0]
+    assert one[0][3] == TINY["global_batch_size"] * TINY["seq_length"]
 
 
-def reference(flat):
-    """The run of one process, once for each model."""
-    key = repr(sorted(flat.items()))
-    if key not in _reference:
-        _reference[key] = run_ranks(losses, 1, flat, preload="megatron")[0]
-    return _reference[key]
+def shards(rank, world_size, flat):
+    """Every initial weight shard with its place in the whole parameter."""
+    from mindspeed.train.initial import _leaves
+    from mindspeed.train.model import unwrap
 
-
-def assert_equal_curves(got, wanted, first=2e-6, last=1e-4):
-    for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
-        tolerance = first if step < 3 else last
-        assert mine == pytest.approx(theirs, rel=tolerance), f"step {step + 1}"
-
-
-SPLITS = {
-    "dp2": (2, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2,
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    ),
-    "dp2_distopt": (2, {"use_distributed_optimizer": True}),
-    "dp2_distopt_overlap": (
-        2,
-        {
-            "use_distributed_optimizer": True,
-            "overlap_grad_reduce": True,
-            "overlap_param_gather": True,
-            "ddp_bucket_size": 5000,
-        },
-    ),
-    "tp2_pp2_sp": (
-        4,
-        {
-            "tensor_model_parallel_size": 2,
-            "pipeline_model_parallel_size": 2,
-            "sequence_parallel": True,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_split_equals_one_process(name):
-    world_size, sizes = SPLITS[name]
-    got = run_ranks(losses, world_size, TINY | sizes, preload="megatron")
-    assert all(rank == got[0] for rank in got), "ranks report different results"
-    assert_equal_curves(got[0], reference(TINY))
-    assert got[0][-1][0] < got[0][0][0]
-
-
-@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
-def test_experts_split_equals_one_process(dispatcher):
-    model = TINY | EXPERTS | {"moe_token_dispatcher_type": dispatcher}
-    got = run_ranks(losses, 2, model | {"expert_model_parallel_size": 2}, preload="megatron")
-    assert_equal_curves(got[0], reference(model))
-
-
-RECOMPUTE = {
-    "full_uniform": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-    "full_block": {
-        "recompute_granularity": "full",
-        "recompute_method": "block",
-        "recompute_num_layers": 2,
-    },
-    "selective": {"recompute_granularity": "selective"},
-}
-
-
-@pytest.mark.parametrize("name", RECOMPUTE)
-def test_recompute_is_bitwise_equal(name):
-    model = TINY | {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-    assert run_ranks(losses, 1, model | RECOMPUTE[name], preload="megatron")[0] == reference(model)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("distributed", [False, True])
-def test_low_precision_follows_fp32(precision, distributed):
-    flat = TINY | {precision: True, "use_distributed_optimizer": distributed}
-    got = run_ranks(losses, 2, flat, preload="megatron")[0]
-    wanted = reference(TINY)
-    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in wanted], abs=0.05)
-
-
-def test_modern_block():
-    flat = TINY | {
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "num_query_groups": 2,
-        "add_bias_linear": False,
-        "untie_embeddings_and_output_weights": True,
-    }
-    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    got = run_ranks(losses, 4, flat | sizes, preload="megatron")[0]
-    assert_equal_curves(got, reference(flat))
-
-
-def fp16_scales(rank, world_size, flat):
+    found = {}
     with Trainer(TrainConfig.of(**flat)) as trainer:
-        return [(r.loss_scale, r.skipped) for r in trainer.run(4)]
+        for chunk in trainer.chunks:
+            for entry in _leaves(unwrap(chunk).sharded_state_dict()):
+                parts = entry.build() if hasattr(entry, "build") else entry
+                for part in _leaves(parts):
+                    if getattr(part, "data", None) is not None and hasattr(part, "global_offset"):
+                        place = (part.key, part.global_offset, part.local_shape)
+                        found[place] = (part.prepend_axis_num, part.data.clone().numpy())
+    return found
 
 
-def test_fp16_overflow_skips_and_lowers_the_scale():
-    flat = TINY | {"fp16": True, "initial_loss_scale": 2.0**30, "hysteresis": 1}
-    got = run_ranks(fp16_scales, 1, flat, preload="megatron")[0]
-    assert got[0] == (2.0**30, True)
-    assert got[1][0] == 2.0**29
+@pytest.mark.parametrize(
+    ("model", "ranks", "split"),
+    [
+        (MODERN, 4, TP_PP),
+        (TINY, 2, {"pipeline_model_parallel_size": 2}),
+        (EXPERTS, 2, {"expert_model_parallel_size": 2}),
+    ],
+    ids=["tp_pp_vpp", "tied_pp", "experts"],
+)
+def test_initial_weights_do_not_depend_on_the_layout(model, ranks, split):
+    (one,) = run_ranks(shards, 1, model, preload="megatron")
+    whole = {}
+    for (key, offset, _), (lead, values) in one.items():
+        whole[key, offset[:lead]] = values
+    seen = set()
+    for rank in run_ranks(shards, ranks, model | split, preload="megatron"):
+        for (key, offset, shape), (lead, values) in rank.items():
+            window = tuple(
+                slice(start, start + size) for start, size in zip(offset[lead:], shape, strict=True)
+            )
+            assert (whole[key, offset[:lead]][window] == values).all(), key
+            seen.add((key, offset[:lead]))
+    assert seen == set(whole)
+    matrices = [values for values in whole.values() if values.ndim == 2]
+    assert all(values.std() > 0 for values in matrices)
+    assert len({values.tobytes() for values in matrices}) == len(matrices), "two equal weights"
 
 
 def metered(rank, world_size, flat, measure):
@@ -165,7 +110,48 @@ def test_measuring_saved_bytes_changes_no_step():
     assert none == 0
     assert reported == saved > 0
     # Four micro batches follow each other: one of them is the peak, whatever their number.
-    assert (
-        saved
-        == run_ranks(metered, 2, flat | {"global_batch_size": 2}, True, preload="megatron")[0][1]
-    )
+    single = flat | {"global_batch_size": 2}
+    assert saved == run_ranks(metered, 2, single, True, preload="megatron")[0][1]
+
+
+def stop_early(rank, world_size, flat):
+    with Trainer(TrainConfig.of(**flat)) as trainer:
+        taken = []
+        for step in range(4):
+            result = trainer.train_step(stop=rank == 1 and step == 1)
+            taken.append(result.stop)
+    return taken
+
+
+def test_all_ranks_see_one_ranks_wish_to_stop_in_the_same_step():
+    wanted = [False, True, False, False]
+    assert run_ranks(stop_early, 2, TINY, preload="megatron") == [wanted, wanted]
+
+
+def one_after_another(rank, world_size, flat):
+    curves = []
+    for _ in range(2):
+        with Trainer(TrainConfig.of(**flat)) as trainer:
+            curves.append([result.loss for result in trainer.run(2)])
+            try:
+                Trainer(TrainConfig.of(**flat))
+            except RuntimeError as error:
+                assert "close the other Trainer" in str(error)
+            else:
+                raise AssertionError("two trainers at once")
+    return curves
+
+
+def test_trainers_follow_each_other_in_one_process_but_never_two_at_once():
+    first, second = run_ranks(one_after_another, 1, TINY, preload="megatron")[0]
+    assert first == second
+
+
+def test_configuration_is_checked_against_the_world():
+    with pytest.raises(RankError, match=r"number of processes \(2\) is not divisible"):
+        run_ranks(losses, 2, TINY | {"pipeline_model_parallel_size": 4}, preload="megatron")
+    with (
+        pytest.raises(ConfigError, match="--sequence-parallel"),
+        Trainer(TrainConfig.of(sequence_parallel=True)),
+    ):
+        pass

@@ -34,8 +34,9 @@ DEFAULT_JOB: dict[str, Any] = {
 _TYPES = {"int": int, "float": float, "str": str}
 
 _EXAMPLES = """examples:
-  mindspeed train                               the built-in text, two processes
-  mindspeed train --compare-levels              level 0 against the levels above it
+  mindspeed train                               built-in text, two processes, level 0 against 1
+  mindspeed train --optimization-level 1        that level alone
+  mindspeed train --compare-levels --bf16       every level in turns, in bfloat16
   mindspeed train --nproc 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
   mindspeed train --save --save-interval 20     keep checkpoints; then, after a stop:
   mindspeed train --resume                      go on where the latest run stopped

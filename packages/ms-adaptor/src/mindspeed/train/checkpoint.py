@@ -175,11 +175,19 @@ def _state_record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _sharding_type() -> str:
+    """How a distributed optimizer's state is stored, so that any layout can read it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    known = getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
+    return "fully_reshardable" if "fully_reshardable" in known else "fully_sharded_model_space"
+
+
 def _metadata(trainer: Trainer, *, for_storage: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     metadata: dict[str, Any] = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": _sharding_type(),
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,

@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         _need_packages()
-        options = parse(argv)
+        # Without a word the command demonstrates itself: level against level, if there are two.
+        options = parse(argv or (["--compare-levels"] if _comparable() else []))
         plan, levels = prepare(options)
     except _USER_ERRORS as error:
         print(f"mindspeed train: error: {error}", file=sys.stderr)
@@ -61,6 +62,11 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
     check(config, options.nproc)
     _check_plans(config, levels)
     return RunPlan(**{**vars(plan), "config": config}), levels
+
+
+def _comparable() -> bool:
+    reasons = available_levels()
+    return sum(reasons[level] is None for level in levels_with_features()) > 1
 
 
 def _levels(options: Options) -> list[int]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -76,12 +76,18 @@ class Trainer:
         RuntimeError: another trainer is open in this process.
     """
 
+    _current: ClassVar[Trainer | None] = None
+
     def __init__(
         self,
         config: TrainConfig,
         source: SampleSource | None = None,
         valid_source: SampleSource | None = None,
     ) -> None:
+        if Trainer._current is not None:
+            # Refused before anything shared is touched: groups and patches belong to the other.
+            raise RuntimeError("a Trainer is open in this process: close the other Trainer first")
+        Trainer._current = self
         self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
         self.world_size = dist.get_world_size()
         self._handle: Any = None
@@ -350,6 +356,8 @@ class Trainer:
 
     def close(self) -> None:
         """Ends asynchronous saves, removes Megatron's groups and undoes the level's patches."""
+        if Trainer._current is self:
+            Trainer._current = None
         if self._open:
             self._open = False
             self.finish_save()
