@@ -42,7 +42,7 @@ def initialize(config: TrainConfig) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if parallel_state.model_parallel_is_initialized():
-        raise RuntimeError("Megatron's process groups exist already: close the other Trainer first")
+        raise RuntimeError("Megatron's process groups exist already, made by other code here")
     sizes = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor_model_parallel_size,
