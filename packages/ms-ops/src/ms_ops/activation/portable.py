@@ -1,7 +1,6 @@
-"""SwiGLU for any device: torch's fused silu kernels, results written in place of the halves.
+"""SwiGLU for any device, block by block, so that temporaries stay in the processor's cache.
 
-fp32 needs no temporary tensor. Low precision is upcast block by block, so that the fp32 copies
-stay in the processor's cache; a trace takes the tensor whole and leaves that to the compiler.
+A trace takes the tensor whole and leaves that to the compiler.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import LOW_PRECISION
+from ..device import LOW_PRECISION, upcast
 from ..registry import Backend, Kernel
 
 # Elements of x in a block: 1 MiB in fp32.
 BLOCK = 1 << 18
 
 _silu = torch.ops.aten.silu
-_silu_backward = torch.ops.aten.silu_backward
 
 
 def forward(x: Tensor, dim: int) -> Tensor:
@@ -38,22 +36,17 @@ def forward(x: Tensor, dim: int) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Return dx from x alone; silu is computed again instead of saved."""
+    """Return dx from x alone, with one exponential: s + silu * (1 - s) = lerp(silu, 1, s)."""
     dx = x.new_empty(x.shape)
-    if x.dtype not in LOW_PRECISION:
-        gate, up = x.chunk(2, dim)
-        dgate, dup = dx.chunk(2, dim)
-        torch.mul(dy, up, out=dgate)
-        _silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        _silu.out(gate, out=dup)
-        dup.mul_(dy)
-        return dx
     for (part, grad, out), axis in _blocks(dim, x, dy, dx):
         gate, up = part.chunk(2, axis)
         dgate, dup = out.chunk(2, axis)
-        gate, grad = gate.float(), grad.float()
-        dup.copy_(F.silu(gate).mul_(grad))
-        dgate.copy_(_silu_backward(grad * up, gate))
+        gate, grad = upcast(gate), upcast(grad)
+        sigmoid = torch.sigmoid(gate)
+        silu = sigmoid * gate
+        dup.copy_(silu * grad)
+        slope = torch.lerp(silu, silu.new_ones(()), sigmoid)
+        dgate.copy_(slope.mul_(grad).mul_(up))
     return dx
 
 
