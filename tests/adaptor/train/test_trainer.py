@@ -1,6 +1,8 @@
 """The trainer itself. That every split equals one process is level 0's matrix of tests."""
 
+import numpy as np
 import pytest
+import torch
 
 from mindspeed.train import ConfigError, TrainConfig, Trainer
 from support.ranks import RankError, run_ranks
@@ -50,19 +52,23 @@ def test_ranks_report_equal_results_and_one_process_agrees():
 
 
 def shards(rank, world_size, flat):
-    """Every initial weight shard with its place in the whole parameter."""
+    """Every initial weight shard: its key, layer and expert, its window, the whole shape."""
     from mindspeed.train.initial import _leaves
     from mindspeed.train.model import unwrap
 
-    found = {}
+    found = []
     with Trainer(TrainConfig.of(**flat)) as trainer:
         for chunk in trainer.chunks:
             for entry in _leaves(unwrap(chunk).sharded_state_dict()):
-                parts = entry.build() if hasattr(entry, "build") else entry
-                for part in _leaves(parts):
-                    if getattr(part, "data", None) is not None and hasattr(part, "global_offset"):
-                        place = (part.key, part.global_offset, part.local_shape)
-                        found[place] = (part.prepend_axis_num, part.data.detach().clone().numpy())
+                for part in _leaves(entry.build() if hasattr(entry, "build") else entry):
+                    if not hasattr(part, "global_offset") or not torch.is_tensor(part.data):
+                        continue
+                    lead = part.prepend_axis_num
+                    name = (part.key, part.global_offset[:lead])
+                    starts = zip(part.global_offset[lead:], part.local_shape, strict=True)
+                    window = tuple(slice(start, start + size) for start, size in starts)
+                    values = part.data.detach().clone().numpy()
+                    found.append((name, window, part.global_shape[lead:], values))
     return found
 
 
@@ -78,16 +84,14 @@ def shards(rank, world_size, flat):
 def test_initial_weights_do_not_depend_on_the_layout(model, ranks, split):
     (one,) = run_ranks(shards, 1, model, preload="megatron")
     whole = {}
-    for (key, offset, _), (lead, values) in one.items():
-        whole[key, offset[:lead]] = values
+    for name, window, shape, values in one:
+        whole.setdefault(name, np.full(shape, np.nan))[window] = values
+    assert not any(np.isnan(values).any() for values in whole.values())
     seen = set()
     for rank in run_ranks(shards, ranks, model | split, preload="megatron"):
-        for (key, offset, shape), (lead, values) in rank.items():
-            window = tuple(
-                slice(start, start + size) for start, size in zip(offset[lead:], shape, strict=True)
-            )
-            assert (whole[key, offset[:lead]][window] == values).all(), key
-            seen.add((key, offset[:lead]))
+        for name, window, _, values in rank:
+            assert (whole[name][window] == values).all(), name
+            seen.add(name)
     assert seen == set(whole)
     matrices = [values for values in whole.values() if values.ndim == 2]
     assert all(values.std() > 0 for values in matrices)
