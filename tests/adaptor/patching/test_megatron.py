@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mindspeed.patching.source import installed_source
+from mindspeed.patching.source import installed_source, installed_version
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(installed_source() is None, reason="megatron-core is not installed")
@@ -109,6 +109,50 @@ def test_megatron_comes_back_to_the_last_attribute_and_the_order_makes_no_differ
     (fresh,) = run_ranks(apply_first, 1, timeout=300)
     assert loaded == fresh
     assert "applied" in {status for _, status, _ in loaded}
+
+
+ARGUMENTS = """
+def add_megatron_arguments({}): return "theirs"
+def validate_args(args, defaults={{}}): pass
+"""
+
+
+def find_training_later(rank, world_size, folder):
+    """A plan made before the checkout is on the path still reaches `megatron.training`."""
+    import importlib
+
+    import mindspeed
+    from mindspeed.patching.errors import PatchError
+
+    name = "megatron.training.arguments"
+    plan = mindspeed.plan(level=0, device="cpu")
+    wanted = {s.patch.path: s.status for s in plan.steps if s.patch.module == name}
+    with mindspeed.apply(plan) as handle:
+        sys.path.append(folder)
+        try:
+            arguments = importlib.import_module(name)
+        except PatchError as error:
+            return wanted, str(error)
+        status = {r.target: r.status for r in handle.report().rows}
+        assert hasattr(arguments.add_megatron_arguments, "__wrapped__")
+        assert mindspeed.plan(level=0, device="cpu").digest == plan.digest
+        return wanted, status[f"{name}:add_megatron_arguments"]
+
+
+@pytest.mark.skipif(installed_version(installed_source()) != "0.16.1", reason="needs 0.16.1")
+@pytest.mark.parametrize(
+    ("parameter", "outcome"),
+    [("parser", "applied"), ("parser, more", "add_megatron_arguments differs")],
+)
+def test_a_part_that_is_found_later_is_checked_and_patched(tmp_path, parameter, outcome):
+    folder = tmp_path / "megatron" / "training"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "yaml_arguments.py").write_text("def validate_yaml(args, defaults={}): pass")
+    (folder / "arguments.py").write_text(ARGUMENTS.format(parameter))
+    ((statuses, found),) = run_ranks(find_training_later, 1, str(tmp_path), preload="megatron")
+    assert set(statuses.values()) == {"absent"}
+    assert outcome in found
 
 
 def test_every_value_and_every_probe_can_be_loaded():

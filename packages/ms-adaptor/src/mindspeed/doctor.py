@@ -151,7 +151,7 @@ def _drift() -> Finding:
     except PlanError as error:
         return Finding("bad", "level-0 plan", "refused", "; ".join(error.problems))
     count = sum(step.note == "no signature recorded" for step in made.acting)
-    found = f"{len(made.acting)} patches fit"
+    found = made.summary()
     if count:
         advice = "run: mindspeed fingerprint --from <wheel or checkout>"
         return Finding("note", "level-0 plan", f"{found}, {count} without a signature", advice)

@@ -57,7 +57,7 @@ def show_plan(made: Plan) -> None:
             for step in made.steps
         ],
     )
-    print(f"{len(made.acting)} of {len(made.steps)} patches act")
+    print(made.summary())
     for number, text in enumerate(made.problems, 1):
         print(f"problem {number}: {text}")
 

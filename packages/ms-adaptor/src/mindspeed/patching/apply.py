@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import ModuleType, TracebackType
 
+from mindspeed.patching.drift import late_problem
 from mindspeed.patching.errors import PatchError, StalePlanError
 from mindspeed.patching.first_step import watch_first_step
 from mindspeed.patching.hooks import ImportHooks
@@ -217,6 +218,7 @@ class Handle:
         slots = self._waiting.get(module.__name__, [])
         try:
             for slot in slots:
+                self._check_late(slot)
                 slot.prepare(module)
             find_stale(slots, fresh=module.__name__)
             for slot in slots:
@@ -226,6 +228,13 @@ class Handle:
                 slot.restore(self._claimed(slot))
             raise
         self._waiting.pop(module.__name__, None)
+
+    def _check_late(self, slot: Slot) -> None:
+        for step in slot.steps:
+            if step.status == "absent" and (
+                problem := late_problem(step.patch, self.plan.megatron)
+            ):
+                raise PatchError(f"{step.feature}: {problem}")
 
     def _go_back_to(self, before: dict[str, tuple[Step, ...]], stubbed: int) -> None:
         """Undo a failed extension; slots that it did not touch stay as they are."""

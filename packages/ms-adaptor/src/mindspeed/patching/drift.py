@@ -110,6 +110,12 @@ def verdict(patch: Patch, megatron: Megatron) -> Verdict:
     return Verdict(found, note="" if expected else "no signature recorded")
 
 
+def late_problem(patch: Patch, version: str) -> str:
+    """Why a patch does not fit a part of Megatron that was not there when the plan was made."""
+    found = verdict(patch, Megatron(version, installed_source(), prints.recorded()))
+    return found.problem or found.absent
+
+
 def _here(megatron: Megatron) -> str:
     return f"megatron-core {megatron.version}"
 

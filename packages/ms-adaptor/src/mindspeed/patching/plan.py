@@ -23,7 +23,7 @@ from mindspeed.patching.rules import broken_rules
 from mindspeed.patching.table import Table, make_table
 
 Status = Literal["apply", "probe", "inactive", "native", "absent", "refused"]
-ACTING = ("apply", "probe")
+ACTING = ("apply", "probe", "absent")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Step:
         because: the flags, the device or the level that ask for it.
         status: `apply` will patch; `probe` will patch if the probe finds the defect; `inactive`
             its condition is false; `native` this Megatron does not need it; `absent` that part of
-            Megatron is not installed; `refused` see the plan's problems.
+            Megatron is not there yet, and is checked and patched if it is imported after all;
+            `refused` see the plan's problems.
         note: why the status is what it is.
         signature: the target's signature in this Megatron, where known.
     """
@@ -75,7 +76,7 @@ class Plan:
 
     @property
     def acting(self) -> tuple[Step, ...]:
-        """The steps that change something."""
+        """The steps that change something, as soon as their module is imported."""
         return tuple(step for step in self.steps if step.status in ACTING)
 
     @property
@@ -83,6 +84,12 @@ class Plan:
         """Hash of the content; two plans with one digest do the same."""
         parts = [self.level, self.device, self.megatron, [asdict(s.patch) for s in self.acting]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def summary(self) -> str:
+        """How many patches act, in one phrase."""
+        absent = sum(step.status == "absent" for step in self.steps)
+        text = f"{len(self.acting) - absent} of {len(self.steps)} patches act"
+        return text + (f", {absent} if that part of Megatron is found later" if absent else "")
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back."""
@@ -113,7 +120,7 @@ class Plan:
     def __str__(self) -> str:
         found = "assumed" if self.assumed else "installed"
         head = f"plan {self.digest}: level {self.level}, {self.device}, megatron-core"
-        lines = [f"{head} {self.megatron} ({found}), {len(self.acting)} of {len(self.steps)} act"]
+        lines = [f"{head} {self.megatron} ({found}), {self.summary()}"]
         for step in self.steps:
             patch = step.patch
             lines.append(f"  {step.status:8} {patch.kind:7} {patch.target}  [{step.feature}]")
