@@ -184,3 +184,31 @@ def test_level_zero_refuses_flags_of_features(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["--optimization-level", "0", "--use-fused-swiglu"]) == 2
     assert "level" in capsys.readouterr().err
+
+
+def test_missing_package_of_a_level_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mindspeed.levels.is_installed", lambda name: name != "ms-ops")
+    assert main(["--optimization-level", "1"]) == 2
+    assert "pip install 'mindspeed[l1]'" in capsys.readouterr().err
+    assert main(["--compare-levels"]) == 2
+    assert "ms-ops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "refused"),
+    [("old", (), True), ("new", (), False), ("old", ("data",), False), (None, (), False)],
+)
+def test_changed_text_is_noticed_when_resuming(before, given, refused, tmp_path):
+    import json
+
+    from mindspeed.train.runs import RunPlan, check_text
+    from mindspeed.train.state import CheckpointError
+
+    (tmp_path / "config.json").write_text(json.dumps({"text_key": before} if before else {}))
+    plan = RunPlan(TrainConfig(), tmp_path, tmp_path, tmp_path, 1, None, text="new")
+    if refused:
+        with pytest.raises(CheckpointError, match="text has changed"):
+            check_text(plan, given)
+    else:
+        check_text(plan, given)

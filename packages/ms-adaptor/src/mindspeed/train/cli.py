@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mindspeed.train.args import Options, UsageError, parse
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import LevelError, available_levels, config_for, levels_with_features
-from mindspeed.train.runs import RunPlan, plan_run
+from mindspeed.train.runs import RunPlan, check_text, plan_run
 from mindspeed.train.state import CheckpointError
 from mindspeed.train.text import TextError
 from mindspeed.train.tokenizer import TokenizerError
@@ -57,11 +58,12 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
     levels = _levels(options)
     plan = plan_run(options)
     check(plan.config, options.nproc)
-    _, tokenizer = configured_corpus(plan.config)
-    config = with_vocabulary(plan.config, tokenizer)
-    check(config, options.nproc)
-    _check_plans(config, levels)
-    return RunPlan(**{**vars(plan), "config": config}), levels
+    corpus, tokenizer = configured_corpus(plan.config)
+    plan = replace(plan, config=with_vocabulary(plan.config, tokenizer), text=corpus.key)
+    check_text(plan, options.given)
+    check(plan.config, options.nproc)
+    _check_plans(plan.config, levels)
+    return plan, levels
 
 
 def _comparable() -> bool:

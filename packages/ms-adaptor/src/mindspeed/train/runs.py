@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "losses.png"
+_TEXT_KEY = "text_key"
+_TEXT_OPTIONS = {"data", "tokenizer", "split", "seq_length"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RunPlan:
         load: checkpoint to start from.
         start: step of that checkpoint, else 0.
         save: folder for checkpoints, or None.
+        text: key of the text's content.
     """
 
     config: TrainConfig
@@ -44,6 +48,7 @@ class RunPlan:
     load: Path | None
     start: int
     save: Path | None
+    text: str = ""
 
 
 def plan_run(options: Options) -> RunPlan:
@@ -99,11 +104,32 @@ def _resumed(options: Options, cache: Path) -> RunPlan:
     return RunPlan(config, folder, cache, load, start, save)
 
 
+def check_text(plan: RunPlan, given: Collection[str]) -> None:
+    """Raises if a resumed run would silently read other text than before.
+
+    Args:
+        plan: of a run whose folder may hold an earlier record.
+        given: options of the command line; naming a text is consent to another one.
+
+    Raises:
+        CheckpointError: the text has changed and no option says so.
+    """
+    record = plan.folder / CONFIG_FILE
+    if plan.load is None or not record.is_file() or _TEXT_OPTIONS & set(given):
+        return
+    before = json.loads(record.read_text()).get(_TEXT_KEY)
+    if before not in (None, plan.text):
+        raise CheckpointError(
+            f"the text has changed since {plan.folder} began: put the old text back, "
+            "or name the new one with --data"
+        )
+
+
 def create(plan: RunPlan) -> None:
     """Makes the run's folder and points `latest` at it."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    flat = plan.config.flat()
-    (plan.folder / CONFIG_FILE).write_text(json.dumps(flat, indent=1) + "\n")
+    record = {**plan.config.flat(), _TEXT_KEY: plan.text}
+    (plan.folder / CONFIG_FILE).write_text(json.dumps(record, indent=1) + "\n")
     runs = plan.folder.parent
     link, fresh = runs / LATEST, runs / f".{LATEST}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
