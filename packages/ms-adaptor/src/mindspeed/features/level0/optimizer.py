@@ -77,14 +77,21 @@ def create_state(optimizer: Any) -> None:
 
 
 def wrap_set_states(original: Callable[..., None]) -> Callable[..., None]:
-    """Keep the step that ``load_state_dict`` set, where the checkpoint brings none."""
+    """Keep the step that ``load_state_dict`` took from the checkpoint's parameter groups.
+
+    The parameter state brings none, or, in the format ``dp_reshardable``, that of the loading
+    optimizer, which is zero. In fp32 the main parameter is a view of the model's own, so it is
+    written without autograd.
+    """
+    import torch
 
     @functools.wraps(original)
     def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         kept = {"step": state["step"]} if "step" in state else {}
-        original(self, model_param, {**kept, **tensors})
+        with torch.no_grad():
+            original(self, model_param, {**tensors, **kept})
 
     return _set_main_param_and_optimizer_states
 
