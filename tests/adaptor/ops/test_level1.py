@@ -27,6 +27,7 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 MODELS = {
     "gpt": {},
     "llama": LLAMA,
+    "llama_unfused_at_level_0": {**LLAMA, "bias_activation_fusion": False},
     "llama_without_bias": {**LLAMA, "add_bias_linear": False, "rotary_percent": 0.5},
     "qk_norm": {**LLAMA, "qk_layernorm": True},
     "rope_slot": {"apply_rope_fusion": True},

@@ -40,8 +40,16 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_parallel_options(config),
         **_expert_options(config),
         **_recompute_options(config),
-        **vars(config.fusion),
+        **_fusion_options(config),
     )
+
+
+def _fusion_options(config: TrainConfig) -> dict[str, Any]:
+    options = dict(vars(config.fusion))
+    # Level 1 serves the MLP's fused SwiGLU without compiling it; experts have a form of their own.
+    if config.optimization_level >= 1 and config.model.swiglu and config.moe.num_experts is None:
+        options["bias_activation_fusion"] = True
+    return options
 
 
 def _shape_options(config: TrainConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FEATURE = Feature(
 
 def is_torch_norm(module: Any) -> bool:
     """Whether the block's last norm is torch's, not one of TransformerEngine or Apex."""
-    return module.LayerNormImpl.__name__ == "WrappedTorchNorm"
+    return bool(module.LayerNormImpl.__name__ == "WrappedTorchNorm")
 
 
 def advise(config: Any) -> str:
