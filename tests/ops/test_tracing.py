@@ -25,9 +25,9 @@ def traced():
 
 
 def has_compiler():
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
         return bool(get_cpp_compiler())
     except Exception:
         return False
