@@ -222,3 +222,35 @@ def test_save_and_load_go_on_where_the_run_stopped(processes, flags, unedited, s
     through[6] = (through[5] + through[6]) / 2
     assert second[:1] + second[2:] == through[5:6] + through[7:]
     assert abs(second[1] - through[6]) <= PRINTED
+
+
+INDEX = """
+import sys
+from pathlib import Path
+import mindspeed.megatron_adaptor
+from mindspeed.train.config import TrainConfig
+from mindspeed.train.data import write_indexed
+from mindspeed.train.text import configured_corpus
+corpus, tokenizer = configured_corpus(TrainConfig.of(seq_length=64))
+print(write_indexed(corpus, tokenizer, Path(sys.argv[1])))
+"""
+
+
+def test_it_trains_on_the_indexed_data_of_the_training_command(unedited, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INDEX, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "MS_DEVICE": "cpu", "PYTHONPATH": str(CHECKOUT)},
+    )
+    assert done.returncode == 0, done.stderr
+    data = Path(done.stdout.splitlines()[-1]) / "train"
+    # Bytes and the end of a document: 257 tokens.
+    model = DENSE.replace("--vocab-size 255", "--vocab-size 256")
+    flags = f"{model} --data-path {data} --split 1,0,0 --train-iters {ITERATIONS}"
+    one, two = unedited.losses(1, flags), unedited.losses(2, flags)
+    print(one)
+    assert len(one) == ITERATIONS
+    assert one[-1] < one[0] - 0.5
+    assert_losses_close(two, one, LATE, "dp2")
