@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from mindspeed.device.descriptor import Descriptor, describe, npu_problem
 from mindspeed.device.finder import (
@@ -16,7 +17,8 @@ from mindspeed.device.finder import (
     loaded_unrewritten,
     rewritten_modules,
 )
-from mindspeed.device.lookup import Lookup, runtime_for
+from mindspeed.device.lookup import Lookup
+from mindspeed.device.runtime import NpuRuntime
 
 __all__ = ["Descriptor", "Report", "current", "describe", "install", "npu_problem", "report"]
 __all__ += ["uninstall"]
@@ -74,8 +76,18 @@ def _lookup_for(descriptor: Descriptor) -> Lookup:
             f"change to {descriptor.type!r}; start a new process"
         )
     if descriptor.type not in _lookups:
-        _lookups[descriptor.type] = Lookup(descriptor, runtime_for(descriptor))
+        _lookups[descriptor.type] = Lookup(descriptor, _runtime_for(descriptor))
     return _lookups[descriptor.type]
+
+
+def _runtime_for(descriptor: Descriptor) -> Any:
+    import torch
+
+    if descriptor.type == "npu":
+        return NpuRuntime(getattr(torch, "npu"))  # noqa: B009 -- torch_npu adds it
+    from mindspeed.device.cpu import CpuRuntime
+
+    return CpuRuntime()
 
 
 def uninstall() -> None:

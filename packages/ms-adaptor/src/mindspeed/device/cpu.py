@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from mindspeed.device.lookup import fall_through
+from mindspeed.device.runtime import fall_through
 
 _CPU = torch.device("cpu")
 # Megatron asserts a compute capability of 8 for grouped matmul.

@@ -12,11 +12,11 @@ from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import LevelError, available_levels, config_for, levels_with_features
 from mindspeed.train.runs import RunPlan, check_text, plan_run
 from mindspeed.train.state import CheckpointError
+from mindspeed.train.status import WRONG_USAGE
 from mindspeed.train.text import TextError
 from mindspeed.train.tokenizer import TokenizerError
 from mindspeed.train.validate import ConfigError, check
 
-GOOD, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 _USER_ERRORS = (
     UsageError,
     ConfigError,

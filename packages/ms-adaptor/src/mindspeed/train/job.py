@@ -19,6 +19,7 @@ from mindspeed.train.group import Group, RankFailure
 from mindspeed.train.level import available_levels, config_for
 from mindspeed.train.metrics import MetricsFile, StepRow, Summary, interleaved_ratio, summarize
 from mindspeed.train.plot import plot_losses
+from mindspeed.train.status import FAILED, GOOD, INTERRUPTED
 
 # Steps of a turn when levels alternate: long enough to settle, short enough that both levels
 # see the same state of the machine.
@@ -29,8 +30,6 @@ STRETCH = 1000
 
 def run_job(options: Options, plan: runs.RunPlan, levels: Sequence[int]) -> int:
     """Trains every level and reports; returns the exit status of the command."""
-    from mindspeed.train.cli import FAILED, GOOD, INTERRUPTED
-
     job = Job(options, plan, levels)
     try:
         with stop_on_interrupt(job):
