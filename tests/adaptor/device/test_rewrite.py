@@ -13,6 +13,8 @@ from mindspeed.device.descriptor import Descriptor
 from mindspeed.device.lookup import Lookup
 from mindspeed.device.rewrite import NAME, count_places, needs_rewrite, rewrite
 
+pytestmark = pytest.mark.megatron014
+
 # Places by kind in all of megatron.core; a new version shows its changes here.
 KNOWN = json.loads(Path(__file__).with_name("places.json").read_text())
 NPU = Descriptor("npu", "hccl", pin=True, because="test")

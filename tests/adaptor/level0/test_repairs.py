@@ -14,6 +14,8 @@ from mindspeed.train.config import TrainConfig
 from support.mutation import Mutation
 from support.ranks import RankError, run_ranks
 
+pytestmark = pytest.mark.megatron014
+
 TINY = {
     "num_layers": 2,
     "hidden_size": 32,

@@ -4,7 +4,11 @@ import inspect
 import pkgutil
 import sys
 
+import pytest
+
 from support.ranks import run_ranks
+
+pytestmark = pytest.mark.megatron014
 
 SEEN = ("megatron", "torch", "torch.cuda", "torch.distributed", "importlib.metadata")
 
