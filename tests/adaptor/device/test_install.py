@@ -1,29 +1,33 @@
-"""The import hook in fresh interpreters: scope, order, cache, undo."""
+"""The import hook in fresh processes: scope, order, cache, undo."""
 
+import contextlib
+import io
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
 from mindspeed.device import describe
+from support.ranks import run_ranks
 
 
-def python(code, cwd=None, **env):
-    """Run code in a new interpreter; returns what it printed."""
-    merged = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore", **env}
-    merged = {name: value for name, value in merged.items() if value != "unset"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=merged,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def run_code(rank, world_size, code, cwd, writes_bytecode):
+    """Run code as a script in `cwd`; returns what it printed."""
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    sys.dont_write_bytecode = not writes_bytecode
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+    return printed.getvalue().strip()
+
+
+def python(code, cwd=".", writes_bytecode=False, **env):
+    """Run code in a process that has imported torch and neither Megatron nor mindspeed."""
+    return run_ranks(
+        run_code, 1, textwrap.dedent(code), cwd, writes_bytecode, backend=None, env=env, timeout=120
+    )[0]
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ REWRITES = """
 
 
 def test_rewritten_code_is_cached_beside_pythons_own(fake_megatron):
-    run = {"cwd": fake_megatron, "PYTHONDONTWRITEBYTECODE": "unset"}
+    run = {"cwd": fake_megatron, "writes_bytecode": True}
     assert python(REWRITES, **run) == "1 cpu True"
     assert python(REWRITES, **run) == "0 cpu True"
     cached = {path.name for path in (fake_megatron / "megatron/__pycache__").iterdir()}
@@ -165,7 +169,7 @@ def test_rewritten_code_is_cached_beside_pythons_own(fake_megatron):
 def test_without_a_place_to_write_there_is_no_cache(fake_megatron):
     # The cache folder's name is taken by a file: not writable, also for root.
     (fake_megatron / "megatron/__pycache__").write_text("")
-    run = {"cwd": fake_megatron, "PYTHONDONTWRITEBYTECODE": "unset"}
+    run = {"cwd": fake_megatron, "writes_bytecode": True}
     before = sorted(fake_megatron.rglob("*"))
     assert python(REWRITES, HOME=str(fake_megatron), **run) == "1 cpu True"
     assert python(REWRITES, HOME=str(fake_megatron), **run) == "1 cpu True"
