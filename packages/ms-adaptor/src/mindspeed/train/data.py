@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mindspeed.features.level0.dataset_helpers import compile_helpers
 from mindspeed.train.batches import SampleSource
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.text import Corpus, TextError, configured_corpus
@@ -20,7 +19,6 @@ from mindspeed.train.tokenizer import Tokenizer
 
 _FACTS = "corpus.json"
 _SPLITS = ("train", "valid")
-_HELPER = "megatron.core.datasets.helpers_cpp"
 
 
 def indexed_folder(cache: Path, corpus: Corpus) -> Path:
@@ -62,29 +60,6 @@ def write_indexed(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Path:
     return folder
 
 
-def ensure_helpers() -> None:
-    """Makes Megatron's compiled dataset helper importable.
-
-    Raises:
-        RuntimeError: it is missing and cannot be built here.
-    """
-    with contextlib.suppress(ImportError):
-        importlib.import_module(_HELPER)
-
-        return
-    from megatron.core.datasets.utils import compile_helpers
-
-    try:
-        compile_helpers()
-        importlib.import_module(_HELPER)
-    except (ImportError, OSError, SystemExit) as error:
-        raise RuntimeError(
-            "megatron-core was installed without its compiled dataset helper and it cannot be "
-            "built here: install the wheel (pip install --only-binary megatron-core "
-            "megatron-core), or a C++ compiler and pybind11"
-        ) from error
-
-
 def open_datasets(
     config: TrainConfig, folder: Path, tokenizer: Tokenizer
 ) -> tuple[SampleSource, SampleSource]:
@@ -122,7 +97,7 @@ def prepare_datasets(config: TrainConfig, cache: Path) -> tuple[SampleSource, Sa
     """Builds the indexed dataset on rank 0 if need be, then opens it on every rank."""
     corpus, tokenizer = configured_corpus(config)
     if dist.get_rank() == 0:
-        ensure_helpers()
+        compile_helpers()
         write_indexed(corpus, tokenizer, cache)
     dist.barrier()
     return open_datasets(config, indexed_folder(cache, corpus), tokenizer)
