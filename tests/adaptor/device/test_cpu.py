@@ -74,3 +74,11 @@ def test_unknown_names_fall_through_and_are_recorded(cuda):
     assert cuda.fallthrough == {"is_current_stream_capturing": __name__}
     with pytest.raises(AttributeError):
         _ = cuda.no_such_name
+
+
+def test_a_random_state_of_another_device_is_skipped_with_a_warning(cuda):
+    cuda.manual_seed(3)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="16 bytes comes from another kind of device"):
+        cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import distribution
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -125,3 +127,18 @@ def test_a_failing_compiler_is_quoted(checkout):
     done = build(checkout.parents[2], PATH=str(checkout))
     assert done.returncode
     assert "broken toolchain" in done.stderr
+
+
+@pytest.mark.parametrize(("saved", "warned"), [(256, True), (128, False)])
+def test_another_padded_vocabulary_is_warned_about(saved, warned, monkeypatch):
+    training = ModuleType("megatron.training")
+    training.get_args = lambda: Namespace(padded_vocab_size=128)
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    seen = []
+    check = megatron_lm.wrap_check_checkpoint(seen.append)
+    args = Namespace(padded_vocab_size=saved)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(args)
+    assert seen == [args]
+    assert [f"padded to {saved} entries" in str(w.message) for w in caught] == [True] * warned

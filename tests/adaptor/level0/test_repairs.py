@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -353,6 +354,27 @@ def test_forked_streams_continue_and_nobody_warns():
     assert after[8:] == torch.rand(2, generator=torch.Generator().manual_seed(1)).tolist()
     assert before == after
     assert unknown == "KeyError"
+
+
+def foreign_stream(rank, world_size):
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    with repaired():
+        tracker = CudaRNGStatesTracker()
+        tracker.add("a", 7)
+        tracker.set_states({"a": torch.zeros(16, dtype=torch.uint8)})
+        skipped = pytest.warns(UserWarning, match="'a' comes from another kind of device")
+        with skipped, tracker.fork("a"):
+            first = torch.rand(3)
+        with tracker.fork("a"):
+            second = torch.rand(3)
+    return first.tolist(), second.tolist()
+
+
+def test_a_stream_of_another_device_starts_anew_and_then_goes_on():
+    first, second = on_megatron(foreign_stream)
+    generator = torch.Generator().manual_seed(zlib.crc32(b"a"))
+    assert first + second == torch.rand(6, generator=generator).tolist()
 
 
 # An absent TransformerEngine.

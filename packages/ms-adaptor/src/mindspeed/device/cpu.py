@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -249,7 +250,14 @@ class CpuRuntime:
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        """Set the state of the default CPU generator."""
+        """Set the state of the default CPU generator; another device's state is skipped."""
+        if state.numel() != torch.get_rng_state().numel():
+            warnings.warn(
+                f"a random state of {state.numel()} bytes comes from another kind of device and "
+                "is skipped: random numbers go on from this run's seed",
+                stacklevel=2,
+            )
+            return
         torch.set_rng_state(state)
 
     def manual_seed(self, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 from types import ModuleType
@@ -40,6 +41,14 @@ FEATURE = Feature(
             value=f"{_HERE}:wrap_validate",
             versions=">=0.16,<0.17",
             reason="The same for a YAML configuration.",
+        ),
+        Patch(
+            target="megatron.training.checkpointing:check_checkpoint_args",
+            kind="wrap",
+            value=f"{_HERE}:wrap_check_checkpoint",
+            versions=">=0.16,<0.17",
+            reason="It is where a checkpoint's arguments meet the run's; it lets another "
+            "padded vocabulary pass, and the loss shifts without a word.",
         ),
         Patch(
             target="megatron.core.datasets.utils:compile_helpers",
@@ -107,6 +116,27 @@ def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return validate
+
+
+def wrap_check_checkpoint(original: Callable[..., None]) -> Callable[..., None]:
+    """Warn when the checkpoint's vocabulary is padded to another size than this run's."""
+
+    @functools.wraps(original)
+    def check_checkpoint_args(checkpoint_args: Any) -> None:
+        from megatron.training import get_args
+
+        original(checkpoint_args)
+        saved = getattr(checkpoint_args, "padded_vocab_size", None)
+        now = getattr(get_args(), "padded_vocab_size", None)
+        if saved != now:
+            warnings.warn(
+                f"the checkpoint's vocabulary is padded to {saved} entries and this run's to "
+                f"{now}: the loss will differ. Padding depends on the tensor-parallel size; "
+                "--make-vocab-size-divisible-by can make the two equal",
+                stacklevel=2,
+            )
+
+    return check_checkpoint_args
 
 
 def load_no_kernels(args: Any) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspeed.patching.records import Feature, Patch
+
+if TYPE_CHECKING:
+    import torch
 
 _DEFAULT = "default-rng"
 
@@ -31,7 +36,8 @@ FEATURE = Feature(
 def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     """Draw from the stream ``name`` inside the context and from the outer stream after it.
 
-    Nested forks of named streams keep what the inner ones drew.
+    Nested forks of named streams keep what the inner ones drew. A stream that was loaded from
+    another kind of device's checkpoint starts anew, with a warning.
 
     Raises:
         KeyError: no stream of that name was added.
@@ -44,7 +50,7 @@ def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     outer, outer_state = getattr(self, "_current_state_name", _DEFAULT), torch.get_rng_state()
     if outer != _DEFAULT:
         self.states_[outer] = outer_state
-    torch.set_rng_state(self.states_[name])
+    _enter(name, self.states_[name])
     self._current_state_name = name
     try:
         yield
@@ -56,3 +62,17 @@ def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
         self.states_[name] = torch.get_rng_state()
         torch.set_rng_state(self.states_.get(outer, outer_state))
         self._current_state_name = outer
+
+
+def _enter(name: str, state: torch.Tensor) -> None:
+    import torch
+
+    if state.numel() == torch.get_rng_state().numel():
+        torch.set_rng_state(state)
+        return
+    warnings.warn(
+        f"the random state of {name!r} comes from another kind of device and is skipped: the "
+        "stream starts from its name",
+        stacklevel=4,
+    )
+    torch.manual_seed(zlib.crc32(name.encode()))
