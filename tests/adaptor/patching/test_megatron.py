@@ -149,6 +149,7 @@ def test_a_part_that_is_found_later_is_checked_and_patched(tmp_path, parameter, 
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "yaml_arguments.py").write_text("def validate_yaml(args, defaults={}): pass")
+    (folder / "checkpointing.py").write_text("def check_checkpoint_args(checkpoint_args): pass")
     (folder / "arguments.py").write_text(ARGUMENTS.format(parameter))
     ((statuses, found),) = run_ranks(find_training_later, 1, str(tmp_path), preload="megatron")
     assert set(statuses.values()) == {"absent"}
