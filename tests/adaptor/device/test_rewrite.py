@@ -97,6 +97,18 @@ def test_moving_a_tensor_and_asking_where_it_is():
     assert scope["d"] is x
 
 
+def test_switched_off_a_move_gets_the_arguments_that_were_written():
+    tree, _ = rewrite("a = module.cuda()\nb = tensor.cuda(1, non_blocking=True)")
+    lookup = fake(CPU)
+    lookup.turn_off()
+    module = SimpleNamespace(cuda=lambda device=None: ("module", device))
+    tensor = SimpleNamespace(cuda=lambda device, non_blocking: ("tensor", device, non_blocking))
+    scope = {NAME: lookup, "module": module, "tensor": tensor}
+    exec(compile(tree, "<test>", "exec"), scope)
+    assert scope["a"] == ("module", None)
+    assert scope["b"] == ("tensor", 1, True)
+
+
 def test_a_missing_name_is_the_import_error_that_callers_catch():
     source = "try:\n    from torch.cuda import nothing\nexcept ImportError as e:\n    r = e.name"
     assert run(source)[0]["r"] == "torch.cuda"

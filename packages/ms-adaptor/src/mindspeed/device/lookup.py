@@ -68,15 +68,16 @@ class Lookup:
             view.turn_off()
         return view
 
-    def to_device(
-        self, x: Any, device: Any = None, non_blocking: bool = False, **kwargs: Any
-    ) -> Any:
+    def to_device(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """``x.cuda(device, non_blocking)`` for a tensor or module on this device."""
         if self.type == "cuda":
-            return x.cuda(device, non_blocking=non_blocking, **kwargs)
-        if isinstance(x, torch.nn.Module):
-            return x.to(self.cuda.current_device() if device is None else self._named(device))
+            return x.cuda(*args, **kwargs)
+        return self._moved(x, *args, **kwargs)
+
+    def _moved(self, x: Any, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         target = self.cuda.current_device() if device is None else self._named(device)
+        if isinstance(x, torch.nn.Module):
+            return x.to(target)
         return x.to(target, non_blocking=non_blocking and self.pin, **kwargs)
 
     def _named(self, device: Any) -> torch.device:
