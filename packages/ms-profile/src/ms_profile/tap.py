@@ -1,0 +1,192 @@
+"""Where the meters listen: one interception of torch's dispatcher, shared by all that are on.
+
+A meter is a context manager. The first one that is entered pushes a `TorchDispatchMode`; those
+entered inside it join that mode, so that several meters cost one interception of each operator.
+Nothing of torch is changed, and outside the contexts no code of this package runs.
+
+    class Count(Meter):
+        def opened(self):
+            self.number = 0
+
+        def after(self, func, args, kwargs, out):
+            self.number += 1
+            return out
+
+    with Count() as meter:
+        model(x).sum().backward()
+
+Limits: a mode belongs to the thread that entered it (autograd hands it on to its own threads);
+compiled regions run eagerly while a meter is on; operators on the inside of a custom operator are
+not seen, the custom operator is. With `create_graph=True` backward counts as recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from ms_profile import modules
+
+__all__ = ["Meter", "Phase", "module", "phase", "unmetered"]
+
+Phase = Literal["forward", "backward", "recompute", "other"]
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_Self = TypeVar("_Self", bound="Meter")
+
+
+def phase() -> Phase:
+    """What the operator that is being dispatched belongs to.
+
+    `backward` and `recompute` are inside an autograd pass; there, what is run with gradients on, or
+    in the forward of a `torch.autograd.Function`, can only be a forward that is run again. `other`
+    is outside of one with gradients off: evaluation, an optimizer step.
+    """
+    grad = torch.is_grad_enabled()
+    # Function.apply switches forward-mode gradients off as well, `no_grad` does not.
+    in_function = not torch._C._is_fwd_grad_enabled()
+    if torch._C._current_graph_task_id() == -1:
+        return "forward" if grad or in_function else "other"
+    return "recompute" if grad or in_function else "backward"
+
+
+def module() -> str:
+    """Dotted path of the module that the operator belongs to; empty when it is none's.
+
+    Known only while a meter with `watches_modules` is on. In backward it is the module whose
+    forward made the autograd node.
+    """
+    return modules.current()
+
+
+class Meter:
+    """Context manager that hears every operator that torch dispatches.
+
+    Subclasses override `before` and `after`, and `opened` and `closed` for their own state. What
+    these raise reaches the caller of the operator.
+
+    Raises:
+        RuntimeError: the meter is entered while it is on, or left out of order.
+    """
+
+    watches_modules: ClassVar[bool] = False
+
+    _tap: _Tap | None = None
+
+    def opened(self) -> None:
+        """Called when the context is entered, before the first operator."""
+
+    def closed(self) -> None:
+        """Called when the context is left, after the last operator."""
+
+    def before(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Called before an operator runs."""
+
+    def after(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> Any:
+        """Called with an operator's result; returns it, or what the caller gets instead."""
+        return out
+
+    def __enter__(self: _Self) -> _Self:
+        if self._tap is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} is on already: make a second one to nest them"
+            )
+        top = _get_current_dispatch_mode()
+        tap = top if isinstance(top, _Tap) else _Tap()
+        if self.watches_modules:
+            modules.watch()
+        try:
+            self.opened()
+            if not tap.meters:
+                tap.__enter__()  # type: ignore[no-untyped-call]
+        except BaseException:
+            if self.watches_modules:
+                modules.unwatch()
+            raise
+        tap.add(self)
+        self._tap = tap
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        tap = self._tap
+        if tap is None:
+            raise RuntimeError(f"this {type(self).__name__} is not on")
+        if len(tap.meters) == 1 and _get_current_dispatch_mode() is not tap:
+            raise RuntimeError(
+                f"{type(self).__name__} is left before a dispatch mode that was entered after it"
+            )
+        self._tap = None
+        tap.remove(self)
+        if not tap.meters:
+            tap.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self.watches_modules:
+            modules.unwatch()
+        self.closed()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the context is entered."""
+        return self._tap is not None
+
+
+class _Tap(TorchDispatchMode):
+    """The mode; `meters` in the order in which they were entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.meters: tuple[Meter, ...] = ()
+        self._before: tuple[Callable[..., None], ...] = ()
+        self._after: tuple[Callable[..., Any], ...] = ()
+
+    def add(self, meter: Meter) -> None:
+        self._set((*self.meters, meter))
+
+    def remove(self, meter: Meter) -> None:
+        self._set(tuple(each for each in self.meters if each is not meter))
+
+    def _set(self, meters: tuple[Meter, ...]) -> None:
+        self.meters = meters
+        # Methods that a meter does not override are not called at all.
+        self._before = tuple(m.before for m in meters if type(m).before is not Meter.before)
+        self._after = tuple(m.after for m in reversed(meters) if type(m).after is not Meter.after)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # A wrapper (DTensor, a tensor in flight) unwraps itself first and then comes back here.
+        if types and any(hasattr(each, "__tensor_flatten__") for each in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if _is_composite(func):
+            # Seen in inference mode only: elsewhere autograd has taken it apart before.
+            with self:
+                return func.decompose(*args, **kwargs)
+        for before in self._before:
+            before(func, args, kwargs)
+        out = func(*args, **kwargs)
+        for after in self._after:
+            out = after(func, args, kwargs, out)
+        return out
+
+
+@cache
+def _is_composite(func: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+
+
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Inside, no meter of this thread hears anything: for work that belongs to the measuring."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
