@@ -1,0 +1,1 @@
+"""Profiling: what ms-profile measures, around the optimizer steps of both training entries."""
