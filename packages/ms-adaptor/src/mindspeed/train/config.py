@@ -167,6 +167,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: DataConfig = field(default_factory=DataConfig)
     train_iters: int = 10
+    log_interval: int = 10
     seed: int = 1234
     optimization_level: int = 0
     distributed_timeout: float = 60.0

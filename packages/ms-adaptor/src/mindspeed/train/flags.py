@@ -169,6 +169,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
     "training": (
         _row("train_iters", "optimizer steps"),
+        _row("log_interval", "steps between lines of the meters that flags switch on"),
         _row("seed", "of weights, data order and dropout"),
         _row("distributed_timeout", "seconds a rank waits for another", flag="--timeout"),
     ),

@@ -150,6 +150,8 @@ class Job:
                 self.rows[level].append(row)
                 self.metrics.step(row)
                 self.display.step(row)
+                for line in message["notes"]:
+                    self.display.note(f"level {level}  step {row.step}  {line}")
         if told:
             for _ in group.events("idle"):
                 pass

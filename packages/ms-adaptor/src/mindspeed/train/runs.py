@@ -85,7 +85,11 @@ def _resumed(options: Options, cache: Path) -> RunPlan:
     load = checkpoint_folder(held)
     record = read_state(load)
     stored = TrainConfig.from_flat(record["config"])
-    config = stored.replace(**{name: options.config.flat()[name] for name in options.given})
+    features = {**dict(stored.feature_flags), **dict(options.config.feature_flags)}
+    config = stored.replace(
+        **{name: options.config.flat()[name] for name in options.given},
+        feature_flags=tuple(sorted(features.items())),
+    )
     compare(record, config, options.nproc, reshard=options.reshard)
     start = int(record["step"])
     if start >= config.train_iters:

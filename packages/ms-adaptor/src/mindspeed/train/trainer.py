@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed.features.profile.steps import StepHooks
 from mindspeed.train import checkpoint, parallel
 from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import activate_level
 from mindspeed.train.meter import peak_bytes
 from mindspeed.train.model import Chunk, unwrap
-from mindspeed.train.validate import check
+from mindspeed.train.validate import ConfigError, check
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class StepResult:
         saved_bytes: what `measure_saved_bytes` found last, on the rank with most; 0 before.
         peak_bytes: highest memory of a rank's process or device so far.
         stop: some rank asked to stop at this step.
+        notes: what profilers and meters have to say at this step.
     """
 
     step: int
@@ -61,6 +63,7 @@ class StepResult:
     saved_bytes: int
     peak_bytes: int
     stop: bool
+    notes: tuple[str, ...] = ()
 
 
 class Trainer:
@@ -91,6 +94,7 @@ class Trainer:
         self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
         self.world_size = dist.get_world_size()
         self._handle: Any = None
+        self._hooks = StepHooks(())
         self._open = False
         try:
             check(config, self.world_size)
@@ -110,6 +114,7 @@ class Trainer:
         from mindspeed.train.optim import build_optimizer, build_scheduler
 
         config = self.config
+        self._hooks = _hooks(config, self.world_size)
         self.step_count = 0
         self._pending_save: checkpoint.PendingSave | None = None
         self.num_microbatches = config.num_microbatches(self.world_size)
@@ -186,13 +191,14 @@ class Trainer:
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        first = self.step_count * self.num_microbatches
-        reports = self._forward_backward(self._train_batches, first)
-        loss_scale = float(self.optimizer.get_loss_scale())
-        updated, grad_norm, _ = self.optimizer.step()
+        with self._hooks.step(self.step_count + 1):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            first = self.step_count * self.num_microbatches
+            reports = self._forward_backward(self._train_batches, first)
+            loss_scale = float(self.optimizer.get_loss_scale())
+            updated, grad_norm, _ = self.optimizer.step()
         if updated:
             self.scheduler.step(increment=self.num_samples_per_step)
         self.step_count += 1
@@ -221,7 +227,14 @@ class Trainer:
             saved_bytes=int(most[4]),
             peak_bytes=int(most[5]),
             stop=total[2] > 0,
+            notes=self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """Lines of the hooks, every `log_interval` steps and at the last one."""
+        every, last = self.config.log_interval, self.config.train_iters
+        due = self.step_count % every == 0 or self.step_count == last
+        return tuple(self._hooks.lines(self.step_count)) if due else ()
 
     def measure_saved_bytes(self) -> int:
         """Most bytes this rank holds for backward at one time in a step, by a pass of its own.
@@ -358,6 +371,7 @@ class Trainer:
         """Ends asynchronous saves, removes Megatron's groups and undoes the level's patches."""
         if Trainer._current is self:
             Trainer._current = None
+        self._hooks.close()
         if self._open:
             self._open = False
             self.finish_save()
@@ -393,6 +407,13 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     tokens = mask.sum()
     report = torch.stack([loss.detach(), tokens])
     return loss, tokens.detach().clone().to(torch.int), {"lm loss": report}
+
+
+def _hooks(config: TrainConfig, world_size: int) -> StepHooks:
+    try:
+        return StepHooks.of(config.plan_values(), dist.get_rank(), world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _device() -> torch.device:

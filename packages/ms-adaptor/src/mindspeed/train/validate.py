@@ -40,6 +40,7 @@ _POSITIVE = (
     "micro_batch_size",
     "global_batch_size",
     "train_iters",
+    "log_interval",
     "lr",
     "distributed_timeout",
     "init_method_std",
