@@ -1,0 +1,310 @@
+"""The memory meter: a census of storages, taken at every operator."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from ms_profile import tap
+from ms_profile.memory.census import Held, Kind, StorageCensus, storages, tensors_of
+from ms_profile.memory.kept import KeptForBackward
+from ms_profile.memory.made import Made, made_by
+from ms_profile.memory.owners import Owners
+from ms_profile.memory.records import Holding, Mark, Peak, Snapshot, Timeline
+
+__all__ = ["MemoryMeter"]
+
+# backward() makes the first gradient with it.
+_SEED = torch.ops.aten.ones_like.default
+
+
+class MemoryMeter(tap.Meter):
+    """Live bytes at every operator, exact; who made them and what they are.
+
+        with MemoryMeter(model, optimizer) as meter:
+            loss = model(x).mean()
+            meter.mark("forward", outputs=loss)
+            loss.backward()
+            optimizer.step()
+        meter.peak.nbytes, meter.peak.module, meter.peak.snapshot.by_kind
+        meter.saved_peak
+        meter.leaks(expected=loss)
+
+    Followed are the storages that operators make inside the context, and those of `given`. Memory
+    that was there before and is not given does not count.
+
+    Args:
+        given: modules, optimizers and tensors that exist already and shall count. An optimizer is
+            anything with `param_groups` and `state`.
+        exclude: modules and tensors that shall not count, whenever they are made.
+        device: count only what is on devices of this type ("cuda", "npu", "cpu"); None: on all.
+        resizes: look for sizes changed by `UntypedStorage.resize_` whenever a new peak is near.
+            Without, such a change is seen at the next mark, and the peak may come out too high.
+        points: most points of the timeline.
+
+    Raises:
+        TypeError: `given` holds something else.
+    """
+
+    watches_modules = True
+
+    def __init__(
+        self,
+        *given: Any,
+        exclude: nn.Module | Tensor | Sequence[nn.Module | Tensor] = (),
+        device: str | None = None,
+        resizes: bool = True,
+        points: int = 1 << 16,
+    ) -> None:
+        excluded = (exclude,) if isinstance(exclude, nn.Module | Tensor) else tuple(exclude)
+        self._owners = Owners(given, excluded)
+        self._device = device
+        self._resizes = resizes
+        self._points = points
+        self._reset()
+
+    def _reset(self) -> None:
+        self._census = StorageCensus(self._keep_peak)
+        self._timeline = Timeline(self._points)
+        self._start = time.perf_counter()
+        self._index = 0
+        self._last_live = -1
+        self._phase = ""
+        self._peak = 0
+        self._peak_at: tuple[int, float, Any, str, str] = (-1, 0.0, "", "", "")
+        self._peak_holdings: list[tuple[Held, int]] | None = None
+        self._highest: dict[str, int] = {}
+        self._made: Counter[str] = Counter()
+        self._seed: Held | None = None
+        self._to_identify = 0
+        self._marks: list[Mark] = []
+        self._kept = KeptForBackward()
+
+    # Reading.
+
+    @property
+    def live(self) -> int:
+        """Bytes of the followed storages that are alive now."""
+        self._census.sweep()
+        return self._census.nbytes
+
+    @property
+    def saved(self) -> int:
+        """Bytes kept for backward now: made in a forward, alive, and held by no one known.
+
+        Read it between forward and backward, when no module is running: what the forward made is
+        then held by the autograd graph or by the caller. What the caller holds counts unless
+        `mark(outputs=...)` or `exclude` names it.
+        """
+        self._identify()
+        return sum(held.nbytes for held in self._census if held.kind == "activation")
+
+    @property
+    def saved_peak(self) -> int:
+        """Most bytes kept for backward when a backward began."""
+        return self._kept.peak
+
+    @property
+    def saved_total(self) -> int:
+        """Bytes kept for backward when a backward began; each storage once in the whole run."""
+        return self._kept.total
+
+    @property
+    def peak(self) -> Peak:
+        """The moment with the most live bytes."""
+        self._identify()
+        index, seconds, op, module, phase = self._peak_at
+        pairs = self._peak_holdings
+        if pairs is None:
+            pairs = [(held, held.nbytes) for held in self._census]
+        return Peak(self._peak, index, seconds, str(op), module, phase, Snapshot.of(pairs))
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """What `mark` returned so far."""
+        return tuple(self._marks)
+
+    @property
+    def timeline(self) -> list[tuple[int, float, int]]:
+        """(operators dispatched before, seconds since entry, live bytes), where these changed."""
+        return list(self._timeline.points)
+
+    def snapshot(self) -> Snapshot:
+        """What is alive now."""
+        self._identify()
+        return Snapshot.of((held, held.nbytes) for held in self._census)
+
+    def leaks(self, expected: Any = ()) -> tuple[Holding, ...]:
+        """Storages made inside the context, alive, that nobody is known to hold.
+
+        After backward and with nothing else kept there must be none. Known are the parameters,
+        buffers and gradients of the modules and the states of the optimizers that the meter got.
+
+        Args:
+            expected: tensors that the caller keeps, in any nest of lists and dicts.
+        """
+        self._identify()
+        known = {id(s) for tensor in tensors_of(expected) for s in storages(tensor)}
+        return tuple(
+            Holding(held.nbytes, held.kind, held.describe())
+            for held in self._census
+            if held.kind in ("activation", "other") and held.key not in known
+        )
+
+    def mark(self, name: str, outputs: Any = ()) -> Mark:
+        """Notes the state of this moment under a name.
+
+        Args:
+            name: any text.
+            outputs: tensors that the caller holds, in any nest of lists and dicts: they are not
+                counted as kept for backward, from now on, even if the graph holds them too.
+        """
+        for tensor in tensors_of(outputs):
+            for storage in storages(tensor):
+                held = self._census.find(storage)
+                if held is not None and held.kind == "activation":
+                    held.kind = "other"
+        now = self.snapshot()
+        mark = Mark(
+            name=name,
+            index=self._index,
+            seconds=time.perf_counter() - self._start,
+            live=now.nbytes,
+            saved=now.by_kind.get("activation", 0),
+            by_kind=now.by_kind,
+            by_device=now.by_device,
+            allocated=now.allocated,
+        )
+        self._marks.append(mark)
+        return mark
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON: bytes as integers, times in seconds since entry."""
+        peak = self.peak
+        at_peak = peak.snapshot.by_module
+        paths = sorted({*self._made, *self._highest, *at_peak, *self._kept.by_module})
+        return {
+            "kind": "memory",
+            "version": 1,
+            "peak": {
+                "bytes": peak.nbytes,
+                "module": peak.module,
+                "phase": peak.phase,
+                "op": peak.op,
+                "index": peak.index,
+                "seconds": peak.seconds,
+                "allocated": peak.snapshot.allocated,
+                "by_kind": peak.snapshot.by_kind,
+                "by_device": peak.snapshot.by_device,
+            },
+            "saved": {"total": self._kept.total, "peak": self._kept.peak},
+            "marks": [vars(mark) for mark in self._marks],
+            "timeline": [list(point) for point in self._timeline.points],
+            "by_module": {
+                path: {
+                    "made": self._made.get(path, 0),
+                    "at_peak": at_peak.get(path, 0),
+                    "saved": self._kept.by_module.get(path, 0),
+                    "highest": self._highest.get(path, 0),
+                }
+                for path in paths
+            },
+        }
+
+    # Hearing.
+
+    def opened(self) -> None:
+        """Starts anew and follows what is given."""
+        self._reset()
+        for tensor, kind in self._owners.given():
+            self._follow(tensor, kind)
+        self._peak = self._last_live = self._census.nbytes
+        self._timeline.add(-1, 0.0, self._peak)
+
+    def closed(self) -> None:
+        """Stops following; what was measured stays readable."""
+        self._identify()
+        self._census.stop()
+
+    def after(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> Any:
+        """Takes what the operator made, and the sizes that it changed, into the books."""
+        census = self._census
+        census.poll()
+        phase = tap.phase()
+        if phase != self._phase:
+            self._phase_changes(phase)
+        self._seed = None
+        made = made_by(census, func, args, kwargs, out, self._device)
+        if made:
+            self._add(made, func, phase)
+        if census.nbytes != self._last_live:
+            self._last_live = census.nbytes
+            self._timeline.add(self._index, time.perf_counter() - self._start, census.nbytes)
+        self._index += 1
+        return out
+
+    def _add(self, made: Sequence[Made], func: OpOverload, phase: str) -> None:
+        census = self._census
+        nbytes = sum(storage.nbytes() for _, storage in made)
+        if self._resizes and census.nbytes + nbytes > self._peak:
+            census.sweep()
+        module = tap.module()
+        kind: Kind = "activation" if phase in ("forward", "recompute") else "other"
+        index = self._index
+        for tensor, storage in made:
+            birth = (func, module, phase, index, tensor.shape, tensor.dtype, tensor.device)
+            held = census.add(storage, kind, birth)
+            if func is _SEED:
+                self._seed = held
+        live = census.nbytes
+        if live > self._peak:
+            self._peak = live
+            self._peak_at = (index, time.perf_counter() - self._start, func, module, phase)
+            self._peak_holdings = None
+        self._made[module] += nbytes
+        if live > self._highest.get(module, 0):
+            self._highest[module] = live
+
+    def _follow(self, tensor: Tensor, kind: Kind) -> None:
+        if self._device is None or tensor.device.type == self._device:
+            birth = ("", "", "", -1, tensor.shape, tensor.dtype, tensor.device)
+            for storage in storages(tensor):
+                if self._census.find(storage) is None:
+                    self._census.add(storage, kind, birth)
+
+    def _keep_peak(self) -> None:
+        # Called before anything leaves: until then the books show the state at the peak.
+        if self._peak_holdings is None:
+            self._peak_holdings = [(held, held.nbytes) for held in self._census]
+
+    def _phase_changes(self, phase: str) -> None:
+        before, self._phase = self._phase, phase
+        outside = phase in ("forward", "other")
+        if before == "forward" and not outside:
+            if self._seed is not None:
+                self._seed.kind = "other"
+            self._census.sweep()
+            self._kept.judge(self._census)
+        # Gradients are in place after backward, an optimizer's states after its first step.
+        if not outside:
+            self._to_identify = 2
+        elif self._to_identify and (before != "other" or phase == "forward"):
+            self._to_identify -= 1
+            self._identify()
+
+    def _identify(self) -> None:
+        """Brings sizes up to date and names what has turned out to be a gradient or a state."""
+        self._census.sweep()
+        for tensor, kind in (*self._owners.given(), *self._owners.gradients()):
+            for storage in storages(tensor):
+                held = self._census.find(storage)
+                if held is not None:
+                    held.kind = kind
