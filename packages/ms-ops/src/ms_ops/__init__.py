@@ -9,6 +9,7 @@ from . import attention as _attention
 from . import rope as _rope
 from .activation import swiglu
 from .attention import attention, attention_backward, causal_mask
+from .flops import register_flop_formulas
 from .norm import rms_norm, rms_norm_with_rstd
 from .registry import (
     Backend,
@@ -69,6 +70,7 @@ __all__ = [
     "explain",
     "operators",
     "register_backend",
+    "register_flop_formulas",
     "report",
     "rms_norm",
     "rms_norm_with_rstd",

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from . import registry
+from .flops import state_flops
 from .registry import Facts
 
 NAMESPACE = "ms"
@@ -28,7 +29,8 @@ class OpDef:
     The schemas leave out the trailing backend argument. `facts` takes the forward op's arguments,
     `backward_facts` the backward op's. `fake` and `backward_fake` return outputs of the exact
     shape, stride and dtype. `save(ctx, inputs, output)` and `grad(ctx, *grads)` are the autograd
-    formula; `grad` calls the backward op through `Operator.backward`.
+    formula; `grad` calls the backward op through `Operator.backward`. `flops` and
+    `backward_flops` count matrix products (see `ms_ops.flops`); None says that there are none.
     """
 
     name: str
@@ -41,6 +43,8 @@ class OpDef:
     backward_fake: Callable[..., Any]
     save: Callable[..., None]
     grad: Callable[..., Any]
+    flops: Callable[..., int] | None
+    backward_flops: Callable[..., int] | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def define_op(definition: OpDef) -> Operator:
     )
     forward.register_autograd(definition.grad, setup_context=definition.save)
     namespace = getattr(torch.ops, NAMESPACE)
+    state_flops(getattr(namespace, name), definition.flops)
+    state_flops(getattr(namespace, f"{name}_backward"), definition.backward_flops)
     return Operator(
         definition,
         getattr(namespace, name).default,

@@ -18,6 +18,7 @@ from ..checks import check_choice, check_float, check_same_dtype, check_tensor, 
 from ..device import autocast_dtype, common_device, compute_dtype
 from ..opdef import OpDef, define_op
 from ..registry import Facts
+from .flops import backward_flops, forward_flops
 from .layout import CAUSAL, LAYOUTS, causal_mask, sizes
 
 Layout = Literal["bshd", "sbhd", "bhsd"]
@@ -259,6 +260,8 @@ OPERATOR = define_op(
         backward_fake=_backward_fake,
         save=_save,
         grad=_grad,
+        flops=forward_flops,
+        backward_flops=backward_flops,
     )
 )
 

@@ -147,5 +147,7 @@ OPERATOR = define_op(
         backward_fake=_backward_fake,
         save=_save,
         grad=_grad,
+        flops=None,
+        backward_flops=None,
     )
 )

@@ -126,5 +126,7 @@ OPERATOR = define_op(
         backward_fake=_fake,
         save=_save,
         grad=_grad,
+        flops=None,
+        backward_flops=None,
     )
 )
