@@ -4,7 +4,9 @@ import torch
 from driver import Case, main
 
 import ms_ops
-from ms_ops.testing import plain
+from ms_ops.testing import OPERATORS
+
+plain = OPERATORS["rope"].plain
 
 
 def shape(length, batch, heads, channels):
@@ -16,5 +18,5 @@ def shape(length, batch, heads, channels):
 
 
 if __name__ == "__main__":
-    peers = {"eager": plain.rope, "compiled": torch.compile(plain.rope)}
+    peers = {"eager": plain, "compiled": torch.compile(plain)}
     main("rope", ms_ops.rope, peers, [shape(1024, 1, 8, 32), shape(2048, 2, 16, 64)])

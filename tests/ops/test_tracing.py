@@ -9,19 +9,13 @@ import ms_ops
 from ms_ops import testing
 from ms_ops.activation import reference
 
-BACKENDS = ("portable", "reference")
-PAIRS = {
-    "rms_norm": ("shape(4, 16)", "shape(129, 257)"),
-    "swiglu": ("shape(4, 16)", "shape(65, 514)"),
-    "rope": ("sbnd_halves", "partial_halves"),
-    "attention": ("bshd_causal", "gqa_causal"),
-}
-
 
 def traced():
     for op, test in testing.OPERATORS.items():
         for name in test.traced:
-            yield pytest.param(op, name, id=f"{op}-{name}")
+            yield pytest.param(op, name, "portable", id=f"{op}-{name}-portable")
+        # Schema, autograd and fakes are the operator's, whatever the backend: once is enough.
+        yield pytest.param(op, test.traced[0], "reference", id=f"{op}-{test.traced[0]}-reference")
 
 
 def has_compiler():
@@ -33,40 +27,39 @@ def has_compiler():
         return False
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("op", "name"), list(traced()))
+@pytest.mark.parametrize(("op", "name", "backend"), list(traced()))
 def test_custom_op_checks(op, name, backend):
     testing.check_custom_op(op, testing.find_sample(op, name, torch.float32), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", PAIRS)
-def test_compiled_with_dynamic_shapes(op, backend):
-    samples = [testing.find_sample(op, name, torch.float32) for name in PAIRS[op]]
+@pytest.mark.parametrize("op", testing.OPERATORS)
+def test_compiled_with_dynamic_shapes(op, backend="portable"):
+    samples = [
+        testing.find_sample(op, name, torch.float32) for name in testing.OPERATORS[op].resized
+    ]
     testing.check_compiled(op, samples, backend)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="inductor finds no C++ compiler")
-@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("op", testing.OPERATORS)
 def test_compiled_by_inductor(op):
-    samples = [testing.find_sample(op, PAIRS[op][0], torch.float32)]
+    samples = [testing.find_sample(op, testing.OPERATORS[op].resized[0], torch.float32)]
     testing.check_compiled(op, samples, "portable", "inductor")
 
 
-@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("op", testing.OPERATORS)
 def test_one_graph_serves_all_sizes(op):
     torch._dynamo.reset()
     test = testing.OPERATORS[op]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(test.function, fullgraph=True, dynamic=True, backend=counter)
-    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    sample = testing.find_sample(op, testing.OPERATORS[op].resized[0], torch.float32)
     counts = []
     for repeats in (2, 3, 5):
-        rows = [a.repeat(*[repeats if i == 1 else 1 for i in range(a.dim())]) for a in sample.args]
-        if op in ("rms_norm", "swiglu"):
-            rows = [sample.args[0].repeat(repeats, 1), *sample.args[1:]]
-        if op == "rope":
-            rows[1:] = sample.args[1:]
+        rows = list(sample.args)
+        for place, dim in test.grows.items():
+            sizes = [repeats if i == dim else 1 for i in range(rows[place].dim())]
+            rows[place] = rows[place].repeat(sizes)
         compiled(*rows, **sample.kwargs)
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
@@ -82,15 +75,15 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("op", testing.OPERATORS)
 def test_eager_call_is_one_dispatcher_op(op):
-    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    sample = testing.find_sample(op, testing.OPERATORS[op].resized[0], torch.float32)
     with Recorder() as recorder:
         testing.OPERATORS[op].function(*sample.args, **sample.kwargs)
     assert recorder.names == [f"ms.{op}.default"]
 
 
-@pytest.mark.parametrize("op", PAIRS)
+@pytest.mark.parametrize("op", testing.OPERATORS)
 def test_compiled_graph_holds_no_opaque_op(op):
     torch._dynamo.reset()
     graphs = []
@@ -100,7 +93,7 @@ def test_compiled_graph_holds_no_opaque_op(op):
         return graph.forward
 
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    sample = testing.find_sample(op, PAIRS[op][0], torch.float32)
+    sample = testing.find_sample(op, testing.OPERATORS[op].resized[0], torch.float32)
     args = [a.detach().requires_grad_(i == 0) for i, a in enumerate(sample.args)]
     compiled = torch.compile(testing.OPERATORS[op].function, fullgraph=True, backend=backend)
     out = compiled(*args, **sample.kwargs)

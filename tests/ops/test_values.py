@@ -12,7 +12,7 @@ BACKENDS = ("portable", "reference")
 def cases(dtypes):
     for op, test in testing.OPERATORS.items():
         for dtype in dtypes:
-            for sample in test.samples(dtype):
+            for sample in test.samples(dtype, "cpu"):
                 short = str(dtype).removeprefix("torch.")
                 yield pytest.param(op, dtype, sample.name, id=f"{op}-{short}-{sample.name}")
 
@@ -60,3 +60,12 @@ def test_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(ms_ops.swiglu(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         dx.sum().backward()
+
+
+def test_the_reference_passes_as_a_third_party_backend(op="swiglu"):
+    kernel = ms_ops.registry.kernel(op, "reference")
+    ms_ops.register_backend(op, ms_ops.Backend("guest", 500, {op: kernel}))
+    try:
+        assert testing.check_backend(op, "guest", dtypes=[torch.float32]) > 10
+    finally:
+        ms_ops.unregister_backend(op, "guest")

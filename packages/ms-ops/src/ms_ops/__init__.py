@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import activation, norm
-from . import attention as _attention
-from . import rope as _rope
 from .activation import swiglu
 from .attention import attention, attention_backward, causal_mask
 from .flops import register_flop_formulas
 from .norm import rms_norm, rms_norm_with_rstd
+from .opdef import OPERATORS
 from .registry import (
     Backend,
     BackendError,
@@ -28,13 +26,6 @@ from .rope import rope, rope_freqs
 
 __version__ = "0.1.0"
 
-_PREPARE = {
-    "attention": _attention,
-    "rms_norm": norm,
-    "rope": _rope,
-    "swiglu": activation,
-}
-
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Return one line a backend with its verdict on a call, in the order they are asked.
@@ -47,10 +38,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     Raises:
         ValueError: unknown operator, or arguments that the operator refuses.
     """
-    if op not in _PREPARE:
+    if op not in OPERATORS:
         raise ValueError(f"explain: op: got {op!r}, need one of {', '.join(operators())}")
-    room: Any = _PREPARE[op]
-    facts = room.OPERATOR.definition.facts(*room.prepare(*args, **kwargs))
+    definition = OPERATORS[op].definition
+    facts = definition.facts(*definition.prepare(*args, **kwargs))
     lines = [
         f"{v.backend} (priority {v.priority}): {v.reason or 'can serve'}"
         for v in verdicts(op, facts)

@@ -29,12 +29,14 @@ class OpDef:
     The schemas leave out the trailing backend argument. `facts` takes the forward op's arguments,
     `backward_facts` the backward op's. `fake` and `backward_fake` return outputs of the exact
     shape, stride and dtype. `save(ctx, inputs, output)` and `grad(ctx, *grads)` are the autograd
-    formula; `grad` calls the backward op through `Operator.backward`. `flops` and
+    formula; `grad` calls the backward op through `Operator.backward`. `prepare` takes the public
+    function's arguments, checks them and returns those of the forward op. `flops` and
     `backward_flops` count matrix products (see `ms_ops.flops`); None says that there are none.
     """
 
     name: str
     family: str
+    prepare: Callable[..., tuple[Any, ...]]
     schema: str
     backward_schema: str
     facts: Callable[..., Facts]
@@ -67,6 +69,9 @@ class Operator:
         return self.backward_op(*args)
 
 
+OPERATORS: dict[str, Operator] = {}
+
+
 def define_op(definition: OpDef) -> Operator:
     """Register both custom ops of an operator with fakes, autograd and the transparent rule."""
     name = definition.name
@@ -84,11 +89,12 @@ def define_op(definition: OpDef) -> Operator:
     namespace = getattr(torch.ops, NAMESPACE)
     state_flops(getattr(namespace, name), definition.flops)
     state_flops(getattr(namespace, f"{name}_backward"), definition.backward_flops)
-    return Operator(
+    OPERATORS[name] = Operator(
         definition,
         getattr(namespace, name).default,
         getattr(namespace, f"{name}_backward").default,
     )
+    return OPERATORS[name]
 
 
 def _body(op: str, direction: str, facts: Callable[..., Facts]) -> Callable[..., Any]:

@@ -76,6 +76,7 @@ OPERATOR = define_op(
     OpDef(
         name="swiglu",
         family=__name__,
+        prepare=prepare,
         schema="(Tensor x, int dim) -> Tensor",
         backward_schema="(Tensor dy, Tensor x, int dim) -> Tensor",
         facts=_facts,

@@ -250,6 +250,7 @@ OPERATOR = define_op(
     OpDef(
         name="attention",
         family=__name__,
+        prepare=prepare,
         schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, str causal, float scale, str layout)"
         " -> (Tensor, Tensor)",
         backward_schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"

@@ -137,6 +137,7 @@ OPERATOR = define_op(
     OpDef(
         name="rms_norm",
         family=__name__,
+        prepare=prepare,
         schema="(Tensor x, Tensor weight, float eps, float weight_offset, str casting)"
         " -> (Tensor, Tensor)",
         backward_schema="(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float weight_offset,"

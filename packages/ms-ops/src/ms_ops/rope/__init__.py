@@ -118,6 +118,7 @@ OPERATOR = define_op(
     OpDef(
         name="rope",
         family=__name__,
+        prepare=prepare,
         schema="(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
         backward_schema="(Tensor dy, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
         facts=_facts,

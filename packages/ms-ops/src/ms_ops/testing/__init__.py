@@ -2,8 +2,6 @@
 
 from .body import (
     DTYPES,
-    OPERATORS,
-    OpTest,
     check_backend,
     check_compiled,
     check_custom_op,
@@ -16,7 +14,8 @@ from .body import (
     is_small,
     poisoned_empty,
 )
-from .samples import ErrorSample, Sample
+from .case import ErrorSample, OpTest, Sample, maker
+from .cases import OPERATORS
 from .tolerance import assert_close, max_error, roundings
 
 __all__ = [
@@ -36,6 +35,7 @@ __all__ = [
     "check_values",
     "find_sample",
     "is_small",
+    "maker",
     "max_error",
     "poisoned_empty",
     "roundings",

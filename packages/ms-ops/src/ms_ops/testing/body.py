@@ -6,9 +6,8 @@ Each check takes (operator, sample, backend) and raises AssertionError with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,66 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ms_ops
 
 from .. import registry
-from . import errors, plain, samples
-from .samples import ErrorSample, Sample
+from ..opdef import OPERATORS as DEFINED
+from .case import Sample
+from .cases import OPERATORS
 from .tolerance import assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class OpTest:
-    """How one operator is tested.
-
-    Tolerance classes are given per output, and per gradient by the argument's position. The
-    samples named in `traced` are those that go through torch's tracers, which take seconds each.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    outputs: tuple[str, ...]
-    gradients: Mapping[int, str]
-    traced: tuple[str, ...]
-
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """What eager torch code writes."""
-        return getattr(plain, self.name)  # type: ignore[no-any-return]
-
-    def samples(self, dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
-        """Yield the calls that every backend must serve."""
-        return getattr(samples, self.name)(dtype, device)  # type: ignore[no-any-return]
-
-    def errors(self) -> Iterator[ErrorSample]:
-        """Yield the calls that every backend must refuse."""
-        return getattr(errors, self.name)()  # type: ignore[no-any-return]
-
-
-_TESTS = (
-    OpTest(
-        "rms_norm",
-        ms_ops.rms_norm_with_rstd,
-        ("E1", "S"),
-        {0: "E1", 1: "MG"},
-        ("shape(3, 5, 63)", "weight_2d"),
-    ),
-    OpTest("swiglu", ms_ops.swiglu, ("E1",), {0: "E1"}, ("shape(3, 5, 62)", "dim1")),
-    OpTest(
-        "rope",
-        ms_ops.rope,
-        ("E1",),
-        {0: "E1", 1: "MG", 2: "MG"},
-        ("sbnd_halves", "trig_grad_pairs"),
-    ),
-    OpTest(
-        "attention",
-        ms_ops.attention,
-        ("M", "S"),
-        {0: "MG", 1: "MG", 2: "MG"},
-        ("gqa_causal", "mask_causal_gqa"),
-    ),
-)
-OPERATORS = {test.name: test for test in _TESTS}
 
 
 def find_sample(op: str, name: str, dtype: torch.dtype, device: str = "cpu") -> Sample:
@@ -133,9 +78,10 @@ def check_gradients(op: str, sample: Sample, backend: str) -> None:
 
 def check_custom_op(op: str, sample: Sample, backend: str) -> None:
     """Run torch's own checks of the schema, autograd registration, fakes and tracing."""
-    room = ms_ops._PREPARE[op]
-    args = (*room.prepare(*_leaves(sample), **dict(sample.kwargs)), backend)
-    torch.library.opcheck(room.OPERATOR.forward_op, args)
+    operator = DEFINED[op]
+    args = (*operator.definition.prepare(*_leaves(sample), **dict(sample.kwargs)), backend)
+    op_call: Any = operator.forward_op
+    torch.library.opcheck(op_call, args)
 
 
 def check_fake(op: str, sample: Sample, backend: str) -> None:
@@ -227,7 +173,7 @@ def is_small(sample: Sample) -> bool:
 
 def _reference(op: str) -> Callable[..., Any]:
     forward = registry.kernel(op, "reference").forward
-    prepare = ms_ops._PREPARE[op].prepare
+    prepare = DEFINED[op].definition.prepare
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return forward(*prepare(*args, **kwargs))
