@@ -163,6 +163,18 @@ def _run_flags(options: argparse.Namespace) -> int:
     return OK
 
 
+def _profile_options(command: argparse.ArgumentParser) -> None:
+    from mindspeed import profile_cli
+
+    profile_cli.add_options(command)
+
+
+def _run_profile(options: argparse.Namespace) -> int:
+    from mindspeed import profile_cli
+
+    return profile_cli.run(options)
+
+
 def _run_doctor(options: argparse.Namespace) -> int:
     from mindspeed import tables
     from mindspeed.doctor import examine
@@ -201,11 +213,13 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
     ("features", _run_features, "every feature with level, flags, packages and status"),
     ("conflicts", _run_conflicts, "which features cannot be combined"),
     ("flags", _run_flags, "the flags of MindSpeed and what became of each"),
+    ("profile", _run_profile, "sum up a profile, or compare two"),
     ("fingerprint", _run_fingerprint, "record the signatures of patched names from a source"),
 )
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan_options,
     "flags": _flags_options,
+    "profile": _profile_options,
     "fingerprint": _fingerprint_options,
 }
 
