@@ -33,11 +33,11 @@ def test_custom_op_checks(op, name, backend):
 
 
 @pytest.mark.parametrize("op", testing.OPERATORS)
-def test_compiled_with_dynamic_shapes(op, backend="portable"):
+def test_compiled_with_dynamic_shapes(op):
     samples = [
         testing.find_sample(op, name, torch.float32) for name in testing.OPERATORS[op].resized
     ]
-    testing.check_compiled(op, samples, backend)
+    testing.check_compiled(op, samples, "portable")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="inductor finds no C++ compiler")
