@@ -1,0 +1,1 @@
+"""The operator names and signatures of MindSpeed, one module each, on `ms_ops`."""
