@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from mindspeed.train.config import TrainConfig
 
@@ -92,8 +91,7 @@ def _parallel_options(config: TrainConfig) -> dict[str, Any]:
         "expert_tensor_parallel_size": sizes.expert_tensor_parallel_size,
         "overlap_p2p_comm": overlap,
         "batch_p2p_comm": not overlap,
-        # gloo reads an output while it is being sent; an overlapped send may still need it.
-        "deallocate_pipeline_outputs": not (overlap and dist.get_backend() == "gloo"),
+        "deallocate_pipeline_outputs": True,
     }
 
 
