@@ -9,7 +9,10 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use.
 _PUBLIC = {
+    "FlopMeter": "ms_profile.flops",
     "Meter": "ms_profile.tap",
+    "peak_flops": "ms_profile.flops",
+    "register_flops": "ms_profile.flops",
     "saved_bytes": "ms_profile.memory",
 }
 

@@ -49,7 +49,7 @@ def phase() -> Phase:
     """
     grad = torch.is_grad_enabled()
     # Function.apply switches forward-mode gradients off as well, `no_grad` does not.
-    in_function = not torch._C._is_fwd_grad_enabled()
+    in_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
     if torch._C._current_graph_task_id() == -1:
         return "forward" if grad or in_function else "other"
     return "recompute" if grad or in_function else "backward"
@@ -182,6 +182,9 @@ class _Tap(TorchDispatchMode):
 
 @cache
 def _is_composite(func: OpOverload) -> bool:
+    if func.namespace == "prim":
+        # Of the interpreter (a fake tensor's device), unknown to the dispatcher, which would raise.
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
 
 
