@@ -205,6 +205,33 @@ def test_an_error_while_opening_leaves_everything_off():
         modules.unwatch()
 
 
+@pytest.mark.parametrize("method", ["before", "after"])
+def test_a_tolerant_meter_fails_alone(x, method, caplog):
+    class Broken(Log):
+        pass
+
+    def fail(self, func, *rest):
+        if func is MM:
+            raise KeyError("no such thing")
+        return rest[-1]
+
+    setattr(Broken, method, fail)
+    broken, well = Broken(), Log()
+    with broken, pytest.raises(KeyError):
+        x @ x
+    broken.tolerant = True
+    with broken, well:
+        y = x @ x @ x
+    assert torch.equal(y, x @ x @ x)
+    assert isinstance(broken.failure, KeyError)
+    assert len(well.seen) == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "Broken failed at aten.mm.default and is switched off: KeyError('no such thing')"
+    ]
+    with broken:
+        assert broken.failure is None
+
+
 def test_gradients_are_bitwise_the_same(x):
     torch.manual_seed(0)
     block = Block()

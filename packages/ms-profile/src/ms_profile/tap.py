@@ -22,6 +22,7 @@ not seen, the custom operator is. With `create_graph=True` backward counts as re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -38,6 +39,7 @@ __all__ = ["Meter", "Phase", "module", "phase", "unmetered"]
 Phase = Literal["forward", "backward", "recompute", "other"]
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _Self = TypeVar("_Self", bound="Meter")
+_log = logging.getLogger("ms_profile")
 
 
 def phase() -> Phase:
@@ -67,14 +69,21 @@ def module() -> str:
 class Meter:
     """Context manager that hears every operator that torch dispatches.
 
-    Subclasses override `before` and `after`, and `opened` and `closed` for their own state. What
-    these raise reaches the caller of the operator.
+    Subclasses override `before` and `after`, and `opened` and `closed` for their own state.
+
+    Attributes:
+        tolerant: what `before` and `after` raise reaches the caller of the operator, unless this is
+            set: then it is logged, kept as `failure`, and the meter hears nothing more until it is
+            entered again. For a training that must not end because it is measured.
+        failure: what a tolerant meter failed with.
 
     Raises:
         RuntimeError: the meter is entered while it is on, or left out of order.
     """
 
     watches_modules: ClassVar[bool] = False
+    tolerant: bool = False
+    failure: Exception | None = None
 
     _tap: _Tap | None = None
 
@@ -100,6 +109,7 @@ class Meter:
             )
         top = _get_current_dispatch_mode()
         tap = top if isinstance(top, _Tap) else _Tap()
+        self.failure = None
         if self.watches_modules:
             modules.watch()
         try:
@@ -154,8 +164,30 @@ class _Tap(TorchDispatchMode):
     def _set(self, meters: tuple[Meter, ...]) -> None:
         self.meters = meters
         # Methods that a meter does not override are not called at all.
-        self._before = tuple(m.before for m in meters if type(m).before is not Meter.before)
-        self._after = tuple(m.after for m in reversed(meters) if type(m).after is not Meter.after)
+        well = tuple(m for m in meters if m.failure is None)
+        self._before = self._callbacks(well, "before")
+        self._after = self._callbacks(well[::-1], "after")
+
+    def _callbacks(self, meters: tuple[Meter, ...], name: str) -> tuple[Callable[..., Any], ...]:
+        """The methods of that name; one that a meter does not override is not called at all."""
+        mine = (m for m in meters if getattr(type(m), name) is not getattr(Meter, name))
+        return tuple(self._guarded(m, name) if m.tolerant else getattr(m, name) for m in mine)
+
+    def _guarded(self, meter: Meter, name: str) -> Callable[..., Any]:
+        method = getattr(meter, name)
+
+        def call(func: OpOverload, args: Any, kwargs: Any, *out: Any) -> Any:
+            try:
+                return method(func, args, kwargs, *out)
+            except Exception as error:
+                if meter.failure is None:
+                    meter.failure = error
+                    kind = type(meter).__name__
+                    _log.warning("%s failed at %s and is switched off: %r", kind, func, error)
+                    self._set(self.meters)
+                return out[0] if out else None
+
+        return call
 
     def __torch_dispatch__(
         self,
