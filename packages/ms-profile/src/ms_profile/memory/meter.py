@@ -22,6 +22,8 @@ __all__ = ["MemoryMeter"]
 
 # backward() makes the first gradient with it.
 _SEED = torch.ops.aten.ones_like.default
+# Questions of a fake tensor about itself; a real one asks none.
+_NO_OPERATOR = torch.ops.prim.device.default
 
 
 class MemoryMeter(tap.Meter):
@@ -236,6 +238,8 @@ class MemoryMeter(tap.Meter):
         self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> Any:
         """Takes what the operator made, and the sizes that it changed, into the books."""
+        if func is _NO_OPERATOR:
+            return out
         census = self._census
         census.poll()
         phase = tap.phase()
