@@ -37,7 +37,15 @@ from support.rank_child import Call, Failure, fault_point
 __all__ = ["Outcome", "RankError", "fault_point", "rank_outcomes", "run_ranks"]
 
 PRELOADS: Mapping[str, tuple[str, ...]] = {
-    "torch": ("torch", "torch.distributed", "numpy", "pytest", "support.rank_child"),
+    # The first operator under a dispatch mode imports torch._dynamo, a second of work per rank.
+    "torch": (
+        "torch",
+        "torch._dynamo",
+        "torch.distributed",
+        "numpy",
+        "pytest",
+        "support.rank_child",
+    ),
     "megatron": ("torch", "torch.distributed", "support.preload_megatron", "support.rank_child"),
 }
 CAUSES = ("killed", "error", "timeout")  # a status is seldom the consequence of a later one
