@@ -318,3 +318,22 @@ def test_an_error_inside_leaves_nothing_behind():
     gone = weakref.ref(y)
     del y
     assert gone() is None  # the meter keeps no tensor
+
+
+def test_what_is_compiled_stays_compiled():
+    """A meter must not change the numbers of the step, nor those of later ones."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    product = torch.compile(lambda x, weight: F.gelu(x @ weight), backend=backend)
+    x, weight = torch.ones(3, 8), torch.ones(8, 4)
+    with FlopMeter() as meter:
+        first = product(x, weight)
+    assert (meter.counts.forward, len(compiled)) == (2 * 3 * 8 * 4, 1)
+    with meter:
+        product(x, weight)
+    assert (meter.counts.forward, len(compiled)) == (2 * 2 * 3 * 8 * 4, 1)
+    assert torch.equal(product(x, weight), first)

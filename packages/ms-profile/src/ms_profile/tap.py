@@ -16,8 +16,9 @@ Nothing of torch is changed, and outside the contexts no code of this package ru
         model(x).sum().backward()
 
 Limits: a mode belongs to the thread that entered it (autograd hands it on to its own threads);
-compiled regions run eagerly while a meter is on; operators on the inside of a custom operator are
-not seen, the custom operator is. With `create_graph=True` backward counts as recomputation.
+of compiled regions the calls of library kernels are heard (matrix products, collectives), generated
+kernels are not; operators on the inside of a custom operator are not seen, the custom operator
+is. With `create_graph=True` backward counts as recomputation.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = ["Meter", "Phase", "module", "phase", "unmetered"]
 
 Phase = Literal["forward", "backward", "recompute", "other"]
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_CPU = torch._C.DispatchKey.CPU
 _Self = TypeVar("_Self", bound="Meter")
 _log = logging.getLogger("ms_profile")
 
@@ -155,6 +157,11 @@ class _Tap(TorchDispatchMode):
         self._before: tuple[Callable[..., None], ...] = ()
         self._after: tuple[Callable[..., Any], ...] = ()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave torch.compile on: else what is called under a mode stays uncompiled for good."""
+        return True
+
     def add(self, meter: Meter) -> None:
         self._set((*self.meters, meter))
 
@@ -217,7 +224,9 @@ def _is_composite(func: OpOverload) -> bool:
     if func.namespace == "prim":
         # Of the interpreter (a fake tensor's device), unknown to the dispatcher, which would raise.
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    # silu_backward has both: taken apart it would compute otherwise, and keep more memory.
+    return has_kernel(func.name(), _COMPOSITE) and not has_kernel(func.name(), _CPU)
 
 
 @contextmanager
