@@ -61,37 +61,50 @@ class Nested:
         end: ns.
         name: Index of the name.
         own: Intervals outside nested events.
+        children: How many events are nested in it, directly.
+        same: The first of these, if it has ended and has the same name.
     """
 
     begin: int
     end: int
     name: int
     own: list[Interval] = field(default_factory=list)
+    children: int = 0
+    same: Nested | None = None
 
 
 def nest(events: Iterable[tuple[int, int, int]]) -> Iterator[Nested]:
     """Finds what each event of one thread spent outside the events nested in it.
+
+    An event whose only child has its name is one call with it, as torch counts: an operator that
+    dispatches to another overload of itself.
 
     Args:
         events: (begin, end, name) of one thread, in any order. If one begins within another and
             ends after it, the time that they share is the later one's.
 
     Yields:
-        Every event, when it ends.
+        Every event, when it ends or later.
     """
     stack: list[Nested] = []
     since = 0  # up to here the thread's time has been given away
     for begin, end, name in sorted(events, key=lambda e: (e[0], -e[1])):
         while stack and stack[-1].end <= begin + ROUNDING_NS:
             since = _end(stack[-1], since)
-            yield stack.pop()
-        if stack and begin > since:
-            stack[-1].own.append((since, begin))
+            yield from _leave(stack)
+        if stack:
+            top = stack[-1]
+            top.children += 1
+            if begin > since:
+                top.own.append((since, begin))
+            if top.same is not None:
+                yield top.same
+                top.same = None
         since = max(since, begin) if stack else begin
         stack.append(Nested(begin, end, name))
     while stack:
         since = _end(stack[-1], since)
-        yield stack.pop()
+        yield from _leave(stack)
 
 
 def _end(node: Nested, since: int) -> int:
@@ -99,3 +112,15 @@ def _end(node: Nested, since: int) -> int:
         node.own.append((since, node.end))
         return node.end
     return since
+
+
+def _leave(stack: list[Nested]) -> Iterator[Nested]:
+    """Takes the innermost event off; held back if it may turn out to be one with its parent."""
+    node = stack.pop()
+    if node.same is not None:
+        node.own += node.same.own
+        node.same = None
+    if stack and stack[-1].children == 1 and stack[-1].name == node.name:
+        stack[-1].same = node
+    else:
+        yield node

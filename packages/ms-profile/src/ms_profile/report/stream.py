@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 CHUNK = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
 VALUE_CHARACTERS = 1 << 24  # of one event, or of one entry of the header
 
 
@@ -148,10 +150,9 @@ class JsonStream:
     def peek(self) -> str:
         """The next character that is not white space, left where it is; "" at the end."""
         while True:
-            while self._at < len(self._text):
-                if not self._text[self._at].isspace():
-                    return self._text[self._at]
-                self._at += 1
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
             if not self._more():
                 return ""
 
@@ -183,8 +184,11 @@ class JsonStream:
             except ValueError as error:
                 raise TraceError(self.path, f"is not JSON: {error}") from None
             else:
-                # A number at the end of the buffer may go on in the next piece.
-                if end < len(self._text) or not self._more():
+                # A number may go on in the next piece, at most after an exponent and its sign.
+                if end + 3 <= len(self._text) or not isinstance(value, (int, float)):
+                    self._at = end
+                    return value
+                if not self._more():
                     self._at = end
                     return value
 

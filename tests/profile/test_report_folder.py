@@ -1,0 +1,168 @@
+"""Folders of profiles: which files belong to one, what they add up to, and what changed."""
+
+import json
+import os
+
+import pytest
+
+from ms_profile import report
+from ms_profile.report.folder import find
+from support.traces import comm_record, flops_record, gpu_trace, memory_record, write_trace
+
+US = pytest.approx
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "run" / "profile"
+    root.mkdir(parents=True)
+    for rank in (0, 1):
+        write_trace(root / f"rank{rank}_steps10-12.pt.trace.json.gz", gpu_trace(rank))
+        records = {
+            "comm": comm_record(rank),
+            "memory": memory_record(rank),
+            "flops": flops_record(),
+        }
+        for kind, record in records.items():
+            (root / f"rank{rank}.{kind}.json").write_text(json.dumps(record))
+    return root
+
+
+def test_a_folder_in_a_run(folder):
+    (folder.parent / "config.json").write_text("{}")
+    found = report.summarise(folder.parent)
+    assert found.path == str(folder)
+    assert [rank.rank for rank in found.ranks] == [0, 1]
+    assert (found.world_size, found.missing, found.problems, found.notes) == (2, (), (), ())
+    first = found.ranks[0]
+    (comm,) = first.comm_bytes
+    assert (comm.group, comm.op, comm.calls, comm.bytes, comm.wire_bytes) == (
+        "dp",
+        "all_reduce",
+        3,
+        48,
+        24,
+    )
+    assert (first.memory.bytes, first.memory.module) == (96, "mlp")
+    assert first.flops["mlp"] == {"forward": 100, "backward": 200}
+    assert json.loads(json.dumps(found.as_dict()))["ranks"][1]["kinds"]["compute_s"] == US(660e-6)
+
+
+def test_spread_over_ranks(folder):
+    from ms_profile.report.summary import over_ranks
+
+    spread = over_ranks(report.summarise(folder))["compute_s"]
+    assert spread.rank == 1
+    figures = (spread.median, spread.slowest, spread.spread)
+    assert [round(figure * 1e6) for figure in figures] == [630, 660, 60]
+
+
+def test_a_broken_file_does_not_hide_the_others(folder):
+    broken = folder / "rank1_steps10-12.pt.trace.json.gz"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    (folder / "rank0.memory.json").write_text("[]")
+    found = report.summarise(folder)
+    assert [rank.rank for rank in found.ranks] == [0, 1]
+    assert found.missing == (0, 1)
+    assert len(found.problems) == 2
+    assert found.problems[0].startswith(str(folder / "rank0.memory.json"))
+    assert "is cut" in found.problems[1]
+    assert found.ranks[0].kinds is not None
+    assert found.ranks[1].kinds is None
+    assert found.ranks[1].comm_bytes
+
+
+def test_nothing_but_broken_files_is_an_error(tmp_path):
+    (tmp_path / "rank3_steps1-2.pt.trace.json").write_text('{"traceEvents": [')
+    with pytest.raises(report.TraceError, match=r"rank3_steps1-2.*is cut"):
+        report.summarise(tmp_path)
+
+
+def test_of_two_results_of_one_name_the_newer_is_read(folder):
+    old = folder / "rank0_steps10-12.pt.trace.json.gz"
+    write_trace(folder / "rank0_steps10-12.1.pt.trace.json", gpu_trace(rank=1))
+    write_trace(folder / "rank0_steps10-12.pt.trace.json", gpu_trace(rank=1))
+    found = report.summarise(folder)
+    assert found.ranks[0].kinds.compute_s == US(660e-6)
+    assert len(found.notes) == 2
+    assert any(old.name in note for note in found.notes)
+    assert found.problems == ()
+
+
+def test_windows_of_one_rank_add_up(folder):
+    write_trace(folder / "rank0_steps20-22.pt.trace.json", gpu_trace())
+    first = report.summarise(folder).ranks[0]
+    assert first.steps == 4
+    assert first.kinds.compute_s == US(1200e-6)
+    assert {row.name: row.calls for row in first.operators}["sgemm_128"] == 12
+    assert first.comm_times[0].calls == 4
+    assert first.comm_times[0].bytes == 4 * 4096
+
+
+def test_links_are_not_followed(folder, tmp_path):
+    secret = write_trace(tmp_path / "elsewhere.json", gpu_trace())
+    path = folder / "rank0_steps10-12.pt.trace.json.gz"
+    path.unlink()
+    path.with_suffix("").symlink_to(secret)
+    (tmp_path / "away").mkdir()
+    write_trace(tmp_path / "away" / "rank7_steps1-2.pt.trace.json", gpu_trace())
+    (folder.parent / "away").symlink_to(tmp_path / "away", target_is_directory=True)
+    found = report.summarise(folder.parent)
+    assert [rank.rank for rank in found.ranks] == [0, 1]
+    assert "is a symbolic link, which is not followed" in found.problems[0]
+    assert found.ranks[0].kinds is None
+
+
+def test_folders_that_are_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, fault in (
+        ("nowhere", "no such folder"),
+        (".", "holds no profile"),
+        ("file", "is not a folder"),
+    ):
+        with pytest.raises(report.TraceError, match=fault):
+            find(tmp_path / name)
+
+
+def test_several_profiles_are_named(folder):
+    other = folder.parent / "later"
+    other.mkdir()
+    write_trace(other / "rank0_steps1-2.pt.trace.json", gpu_trace())
+    with pytest.raises(
+        report.TraceError, match="holds 2 profiles, name one of them: later, profile"
+    ):
+        find(folder.parent)
+    assert find(other).path == other
+
+
+def test_a_device_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "rank0_steps1-2.pt.trace.json")
+    with pytest.raises(report.TraceError, match="is not a regular file"):
+        report.summarise(tmp_path)
+
+
+def test_changes_between_runs(folder, tmp_path):
+    before = report.summarise(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    trace = gpu_trace()
+    for event in trace["traceEvents"]:
+        if event["name"] == "sgemm_128":
+            event.update(name="sgemm_256", dur=50)
+    write_trace(other / "rank0_steps10-12.pt.trace.json", trace)
+    record = comm_record(0)
+    record["calls"].pop()
+    (other / "rank0.comm.json").write_text(json.dumps(record))
+    (other / "rank0.flops.json").write_text(json.dumps(flops_record()))
+    found = report.compare(before, report.summarise(other))
+    operators = {change.name: change for change in found.operators}
+    assert operators["sgemm_128"].state == "gone"
+    assert operators["sgemm_256"].state == "new"
+    assert operators["sgemm_256"].after * 1e6 == US(150)  # per step
+    assert operators["sgemm_128"].before * 1e6 == US(315)  # mean of the ranks
+    assert found.operators[0].name == "sgemm_128"
+    (wire,) = found.communication
+    assert (wire.name, wire.before, wire.after) == ("dp all_reduce", 48, 16)
+    assert {change.name: change.difference for change in found.flops} == {"mlp": -300, "": -1}
+    assert found.notes == (f"memory: only {folder} has it",)
+    assert json.loads(json.dumps(found.as_dict()))["kind"] == "comparison"
