@@ -94,7 +94,7 @@ def test_environment_wildcard_and_refusal(monkeypatch):
     assert chosen() == "reference"
     monkeypatch.setenv("MS_OPS", "!portable")
     assert chosen() == "reference"
-    monkeypatch.setenv("MS_OPS", "!portable,!reference")
+    monkeypatch.setenv("MS_OPS", "!npu,!portable,!reference")
     with pytest.raises(ms_ops.BackendError, match="all are refused"):
         chosen()
 
@@ -153,6 +153,7 @@ def test_backward_runs_where_forward_ran(added):
 
 def test_explain_and_report():
     assert ms_ops.explain("rms_norm", X, W).splitlines() == [
+        "npu (priority 10): torch_npu is not loaded",
         "portable (priority 90): can serve",
         "reference (priority 100): can serve",
     ]
@@ -170,7 +171,7 @@ def test_a_backend_is_one_added_file(tmp_path):
     )
     code = (
         "import sys, torch, ms_ops\n"
-        "sys.modules['ms_ops.activation'].__path__.append(sys.argv[1])\n"
+        "sys.modules['ms_ops.activation'].__path__.insert(0, sys.argv[1])\n"
         "ms_ops.swiglu(torch.randn(2, 4))\n"
         "print(ms_ops.report()[0][2])\n"
     )

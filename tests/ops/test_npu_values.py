@@ -1,0 +1,63 @@
+"""Every NPU backend on the emulated torch_npu: the shared test body, mutants, what is refused."""
+
+import pytest
+import torch
+
+import ms_ops
+from ms_ops import registry, testing
+from ms_ops.testing.npu import Readings, emulated_npu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated():
+    with emulated_npu():
+        yield
+
+
+def served(op, dtype):
+    """The samples of an operator that its NPU backend takes."""
+    definition = ms_ops.opdef.OPERATORS[op].definition
+    for sample in testing.OPERATORS[op].samples(dtype, "cpu"):
+        facts = definition.facts(*definition.prepare(*sample.args, **sample.kwargs))
+        answers = {v.backend: v.reason for v in registry.verdicts(op, facts)}
+        if answers["npu"] is None:
+            yield sample
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_values_fakes_and_repetition(op, dtype):
+    count = 0
+    for sample in served(op, dtype):
+        testing.check_values(op, sample, "npu")
+        testing.check_fake(op, sample, "npu")
+        testing.check_deterministic(op, sample, "npu")
+        count += 1
+    assert count >= 3
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_errors(op):
+    testing.check_errors(op, "npu")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compiled_with_dynamic_shapes(op):
+    samples = [
+        testing.find_sample(op, name, torch.float32) for name in testing.OPERATORS[op].resized[:1]
+    ]
+    testing.check_compiled(op, samples, "npu")
+
+
+def test_a_call_without_a_wish_runs_on_the_npu_backend():
+    x = torch.randn(3, 8)
+    assert ms_ops.explain("swiglu", x).startswith("npu (priority 10): can serve")
+    assert "npu (priority 10): torch_npu has no kernel" in ms_ops.explain("swiglu", x.double())
+
+
+def test_readings_and_emulation_do_not_nest():
+    with pytest.raises(RuntimeError, match="already on"), emulated_npu(Readings()):
+        pass
