@@ -108,10 +108,15 @@ def test_torchs_tracker_agrees_on_the_peak(make, tokens):
         assert made == theirs["Activation"] + theirs["Temp"] + theirs["Gradient"]
 
 
-@pytest.mark.parametrize("tokens", [8, 128])
+@pytest.mark.parametrize(
+    ("tokens", "numbers"), [(8, 16), (128, 0)], ids=["peak in optimizer", "peak in backward"]
+)
 @pytest.mark.parametrize("make", [mlp, Layer])
-def test_the_allocator_agrees_on_the_peak(make, tokens):
-    """In fp32 to the byte: no operator that runs at the peak has a workspace of its own."""
+def test_the_allocator_agrees_on_the_peak(make, tokens, numbers):
+    """In fp32 to the byte: no operator that runs at the peak has a workspace of its own.
+
+    `numbers` bounds the Python numbers that an optimizer's operators wrap in tensors of 8 bytes.
+    """
     training = Training(make, tokens)
     plain = allocated_peak(training.step)
     meter = MemoryMeter()  # nothing given: as the profiler, it knows only what is made
@@ -120,9 +125,8 @@ def test_the_allocator_agrees_on_the_peak(make, tokens):
         with meter:
             training.step()
 
-    # A number that is an argument lives a little longer under a dispatch mode, in 8 bytes.
-    assert allocated_peak(metered) in (plain, plain + 8)
-    assert meter.peak.nbytes == plain
+    assert 0 <= allocated_peak(metered) - plain <= numbers  # the meter takes no tensor memory
+    assert 0 <= plain - meter.peak.nbytes <= numbers
 
 
 def test_workspaces_of_kernels_are_seen_by_the_allocator_alone():
