@@ -44,7 +44,8 @@ def worker(level, options):
     torch.set_num_threads(options.pop("threads"))
     config = TrainConfig.of(**options, global_batch_size=1, optimization_level=level)
     with Trainer(config) as trainer:
-        print(json.dumps({"saved_bytes": trainer.measure_saved_bytes()}), flush=True)
+        measured = trainer.train_step(measure=True).measured
+        print(json.dumps({"saved_bytes": measured.saved_bytes}), flush=True)
         for _ in sys.stdin:
             cpu = time.process_time()
             result = trainer.train_step()

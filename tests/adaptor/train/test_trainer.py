@@ -38,7 +38,7 @@ TP_PP = {
 def losses(rank, world_size, flat):
     with Trainer(TrainConfig.of(**flat)) as trainer:
         results = trainer.run(STEPS)
-    return [(r.loss, r.grad_norm, r.saved_bytes, r.tokens) for r in results]
+    return [(r.loss, r.grad_norm, r.tokens) for r in results]
 
 
 def test_ranks_report_equal_results_and_one_process_agrees():
@@ -48,7 +48,7 @@ def test_ranks_report_equal_results_and_one_process_agrees():
     for step, (got, wanted) in enumerate(zip(four[0], one, strict=True)):
         assert got == pytest.approx(wanted, rel=2e-6 if step < 3 else 1e-4), f"step {step + 1}"
     assert one[-1][0] < one[0][0]
-    assert one[0][3] == TINY["global_batch_size"] * TINY["seq_length"]
+    assert one[0][2] == TINY["global_batch_size"] * TINY["seq_length"]
 
 
 def shards(rank, world_size, flat):
@@ -100,22 +100,44 @@ def test_initial_weights_do_not_depend_on_the_layout(model, ranks, split):
 
 def metered(rank, world_size, flat, measure):
     with Trainer(TrainConfig.of(**flat)) as trainer:
-        first = trainer.run(2)
-        saved = trainer.measure_saved_bytes() if measure else 0
-        last = trainer.run(2)
-    return [(r.loss, r.grad_norm) for r in first + last], saved, last[0].saved_bytes
+        results = [trainer.train_step(measure=measure and step == 1) for step in range(4)]
+    return [(r.loss, r.grad_norm) for r in results], [r.measured for r in results]
 
 
-def test_measuring_saved_bytes_changes_no_step():
+def test_measuring_a_step_changes_no_number():
     flat = TINY | {"hidden_dropout": 0.1, "overlap_grad_reduce": True}
-    plain, _, none = run_ranks(metered, 2, flat, False, preload="megatron")[0]
-    curve, saved, reported = run_ranks(metered, 2, flat, True, preload="megatron")[0]
+    plain, none = run_ranks(metered, 2, flat, False, preload="megatron")[0]
+    curve, [before, measured, *after] = run_ranks(metered, 2, flat, True, preload="megatron")[0]
     assert curve == plain
-    assert none == 0
-    assert reported == saved > 0
-    # Four micro batches follow each other: one of them is the peak, whatever their number.
+    assert {*none, before, *after} == {None}
+    # Four micro batches follow each other: one of them is the peak, whatever their number. Only
+    # the reports of the others are alive with it, two fp32 numbers each.
     single = flat | {"global_batch_size": 2}
-    assert saved == run_ranks(metered, 2, single, True, preload="megatron")[0][1]
+    one = run_ranks(metered, 2, single, True, preload="megatron")[0][1][1]
+    assert measured.saved_bytes == one.saved_bytes + 3 * 8 > 24
+    assert measured.tensor_bytes > measured.saved_bytes
+    assert measured.model_flops == measured.hardware_flops == 4 * one.model_flops
+    assert measured.sent_bytes == one.sent_bytes > 0
+    assert measured.sends == one.sends > 0
+    assert " of " in measured.peak_at
+
+
+def broken_meters(rank, world_size, flat):
+    from ms_profile import CommMeter, FlopMeter
+
+    def fail(self, *args):
+        raise OSError("broken")
+
+    CommMeter.before = FlopMeter.after = fail
+    return metered(rank, world_size, flat, True)
+
+
+def test_a_broken_meter_does_not_disturb_the_step():
+    plain, _ = run_ranks(metered, 1, TINY, False, preload="megatron")[0]
+    curve, [_, measured, *_] = run_ranks(broken_meters, 1, TINY, preload="megatron")[0]
+    assert curve == plain
+    assert (measured.model_flops, measured.sent_bytes) == (0, 0)
+    assert measured.saved_bytes > 0
 
 
 def stop_early(rank, world_size, flat):

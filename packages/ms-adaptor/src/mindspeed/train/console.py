@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,6 +106,20 @@ class Display:
         return spent / max(self._steps, 1) * (self._steps_in_all - self._steps - 1)
 
 
+# Of the step that was measured.
+_MEASURED: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("TFLOP of a step", lambda m: f"{m['model_flops'] / 1e12:.4g}"),
+    ("recomputed", lambda m: f"{m['hardware_flops'] / max(m['model_flops'], 1) - 1:.1%}"),
+    ("saved for backward, per rank", lambda m: size(m["saved_bytes"])),
+    ("live tensors at their peak, per rank", lambda m: size(m["tensor_bytes"])),
+    ("sent in a step, per rank", lambda m: f"{size(m['sent_bytes'])} in {m['sends']} calls"),
+)
+
+
+def _of_step(show: Callable[[Mapping[str, Any]], str], summary: Summary) -> str:
+    return "-" if summary.measured is None else show(summary.measured)
+
+
 def print_summaries(console: Console, summaries: Mapping[int, Summary]) -> None:
     """The final table: one column a level, one row a fact."""
     table = Table(title="Training, same seed and data", title_justify="left")
@@ -117,8 +133,9 @@ def print_summaries(console: Console, summaries: Mapping[int, Summary]) -> None:
         ("validation loss", lambda s: decimal(s.valid_loss)),
         ("median step time", lambda s: f"{s.median_step_time_s * 1000:,.0f} ms"),
         ("tokens/s", lambda s: f"{s.tokens_per_s:,.0f}"),
-        ("saved activations, per rank", lambda s: size(s.saved_bytes)),
-        ("peak memory, per rank", lambda s: size(s.peak_bytes)),
+        ("TFLOP/s per rank", lambda s: f"{s.tflops_per_rank:.3g}" if s.tflops_per_rank else "-"),
+        *((title, partial(_of_step, show)) for title, show in _MEASURED),
+        ("peak memory of a rank's process", lambda s: size(s.peak_bytes)),
     )
     if any(summary.speed_up for summary in summaries.values()):
         rows += (("speed against level 0", lambda s: f"x{s.speed_up or 1:.2f}"),)

@@ -66,6 +66,7 @@ class Job:
         self.rows: dict[int, list[StepRow]] = {level: [] for level in levels}
         self.groups: dict[int, Group] = {}
         self.valid: dict[int, float | None] = dict.fromkeys(levels)
+        self.measured: dict[int, dict[str, Any] | None] = dict.fromkeys(levels)
         self.display = Display(levels, plan.start, plan.config.train_iters)
         self.metrics = MetricsFile(plan.folder / runs.METRICS_FILE)
         self.saved_step: dict[int, int] = dict.fromkeys(levels, plan.start)
@@ -150,6 +151,7 @@ class Job:
                 self.rows[level].append(row)
                 self.metrics.step(row)
                 self.display.step(row)
+                self.measured[level] = message["measured"] or self.measured[level]
                 for line in message["notes"]:
                     self.display.note(f"level {level}  step {row.step}  {line}")
         if told:
@@ -203,7 +205,8 @@ class Job:
             if rows:
                 compared = level != self.levels[0] and self.levels[0] == 0
                 ratio = interleaved_ratio(base, rows, TURN) if compared else None
-                out[level] = summarize(rows, self.valid[level], ratio)
+                measured = self.measured[level]
+                out[level] = summarize(rows, self.valid[level], ratio, measured, self.options.nproc)
         return out
 
     def _show(self, summaries: dict[int, Summary]) -> None:

@@ -24,7 +24,6 @@ class StepRow:
         grad_norm: norm of the gradient before clipping; null for a skipped step.
         step_time_s: wall time of the slowest rank.
         tokens_per_s: tokens of the global batch by that time.
-        saved_bytes: most bytes that a rank holds for backward at one time.
         peak_bytes: highest memory of a rank so far.
     """
 
@@ -34,7 +33,6 @@ class StepRow:
     grad_norm: float | None
     step_time_s: float
     tokens_per_s: float
-    saved_bytes: int
     peak_bytes: int
 
     @classmethod
@@ -48,14 +46,16 @@ class StepRow:
             grad_norm=None if message["skipped"] else message["grad_norm"],
             step_time_s=seconds,
             tokens_per_s=message["tokens"] / seconds,
-            saved_bytes=message["saved_bytes"],
             peak_bytes=message["peak_bytes"],
         )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a level's training came to; times are medians without the first two steps."""
+    """What a level's training came to; times are medians without the first two steps.
+
+    `tflops_per_rank` is the rate of the model's own FLOPs (forward and backward) in TFLOP/s.
+    """
 
     steps: int
     first_loss: float | None
@@ -63,24 +63,42 @@ class Summary:
     valid_loss: float | None
     median_step_time_s: float
     tokens_per_s: float
-    saved_bytes: int
     peak_bytes: int
     speed_up: float | None
+    tflops_per_rank: float | None
+    measured: Mapping[str, Any] | None
 
 
-def summarize(rows: Sequence[StepRow], valid_loss: float | None, speed_up: float | None) -> Summary:
-    """The summary of one level's rows, at least one of them."""
+def summarize(
+    rows: Sequence[StepRow],
+    valid_loss: float | None,
+    speed_up: float | None,
+    measured: Mapping[str, Any] | None = None,
+    world_size: int = 1,
+) -> Summary:
+    """The summary of one level's rows, at least one of them.
+
+    Args:
+        rows: in order.
+        valid_loss: the last one.
+        speed_up: against the lowest level.
+        measured: fields of `mindspeed.train.measure.Measured`, when a step was measured.
+        world_size: ranks that share its FLOPs.
+    """
     timed = rows[WARM_UP_STEPS:] or rows
+    seconds = statistics.median(row.step_time_s for row in timed)
+    flops = measured["model_flops"] / world_size if measured else 0
     return Summary(
         steps=rows[-1].step,
         first_loss=rows[0].loss,
         last_loss=rows[-1].loss,
         valid_loss=valid_loss,
-        median_step_time_s=statistics.median(row.step_time_s for row in timed),
+        median_step_time_s=seconds,
         tokens_per_s=statistics.median(row.tokens_per_s for row in timed),
-        saved_bytes=max(row.saved_bytes for row in rows),
         peak_bytes=max(row.peak_bytes for row in rows),
         speed_up=speed_up,
+        tflops_per_rank=flops / seconds / 1e12 if flops else None,
+        measured=measured,
     )
 
 

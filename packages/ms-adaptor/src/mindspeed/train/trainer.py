@@ -28,9 +28,10 @@ from mindspeed.train import checkpoint, parallel
 from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.level import activate_level
-from mindspeed.train.meter import peak_bytes
+from mindspeed.train.measure import Measured, StepMeters
 from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.validate import ConfigError, check
+from ms_profile.memory import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class StepResult:
         skipped: gradients overflowed, no parameter changed.
         tokens: tokens of the global batch.
         step_time_s: wall time of the slowest rank.
-        saved_bytes: what `measure_saved_bytes` found last, on the rank with most; 0 before.
+        measured: what this step cost, if it was measured.
         peak_bytes: highest memory of a rank's process or device so far.
         stop: some rank asked to stop at this step.
         notes: what profilers and meters have to say at this step.
@@ -60,10 +61,10 @@ class StepResult:
     skipped: bool
     tokens: int
     step_time_s: float
-    saved_bytes: int
     peak_bytes: int
     stop: bool
     notes: tuple[str, ...] = ()
+    measured: Measured | None = None
 
 
 class Trainer:
@@ -121,7 +122,6 @@ class Trainer:
         self.num_samples_per_step = config.global_batch_size(self.world_size)
         self.device = _device()
         bare = [chunk.to(self.device) for chunk in build_chunks(config)]
-        self.saved_bytes = 0
         self.chunks = wrap_chunks(config, bare)
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer, self.num_samples_per_step)
@@ -183,15 +183,18 @@ class Trainer:
                 break
         return results
 
-    def train_step(self, *, stop: bool = False) -> StepResult:
+    def train_step(self, *, stop: bool = False, measure: bool = False) -> StepResult:
         """One optimizer step over the global batch.
 
         Args:
             stop: this rank wants to stop; every rank then sees `stop` in the same step's result.
+            measure: find out what the step costs (`StepResult.measured`). The step takes longer and
+                does the same; give it on every rank. Needs ms-profile.
         """
+        meters = StepMeters([unwrap(c) for c in self.chunks], self.optimizer) if measure else None
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        with self._hooks.step(self.step_count + 1):
+        with self._hooks.step(self.step_count + 1), meters() if meters else nullcontext():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -208,7 +211,6 @@ class Trainer:
             tokens,
             float(stop),
             time.perf_counter() - start,
-            self.saved_bytes,
             peak_bytes(self.device),
         )
         total = facts.sum(0).tolist()
@@ -224,37 +226,24 @@ class Trainer:
             skipped=not updated,
             tokens=int(total[1]),
             step_time_s=most[3],
-            saved_bytes=int(most[4]),
-            peak_bytes=int(most[5]),
+            peak_bytes=int(most[4]),
             stop=total[2] > 0,
             notes=self._notes(),
+            measured=self._measured(meters) if meters else None,
         )
+
+    def _measured(self, meters: StepMeters) -> Measured:
+        largest = self._gather(*meters.largest()).amax(0).tolist()
+        summed = self._gather(*meters.summed()).sum(0).tolist()
+        saved, tensors, sent, sends = map(int, largest)
+        model, hardware = map(int, summed)
+        return Measured(saved, tensors, model, hardware, sent, sends, meters.peak_at)
 
     def _notes(self) -> tuple[str, ...]:
         """Lines of the hooks, every `log_interval` steps and at the last one."""
         every, last = self.config.log_interval, self.config.train_iters
         due = self.step_count % every == 0 or self.step_count == last
         return tuple(self._hooks.lines(self.step_count)) if due else ()
-
-    def measure_saved_bytes(self) -> int:
-        """Most bytes this rank holds for backward at one time in a step, by a pass of its own.
-
-        The pass reads the next step's batch and throws its gradients away; weights, optimizer and
-        random states stay as they are. Later steps report the number, as their shapes are equal.
-        """
-        from ms_profile.memory import saved_bytes
-
-        random_state = checkpoint.random_state()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        bare = [unwrap(chunk) for chunk in self.chunks]  # the wrapper hides `buffers`
-        with saved_bytes(exclude=bare) as meter:
-            self._forward_backward(self._train_batches, self.step_count * self.num_microbatches)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        checkpoint.set_random_state(random_state)
-        self.saved_bytes = meter.peak
-        return meter.peak
 
     def evaluate(self, iters: int | None = None) -> float:
         """Mean cross entropy per token of the first `iters` validation batches.

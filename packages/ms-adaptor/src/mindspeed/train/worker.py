@@ -106,7 +106,6 @@ def _serve(job: RankJob, connection: Connection) -> None:
     with Trainer(config, train, valid) as trainer:
         if job.load is not None:
             trainer.load(job.load, reshard=job.reshard)
-        trainer.measure_saved_bytes()
         send(connection, "ready", rank=job.rank, step=trainer.step_count, device=descriptor.type)
         _obey(trainer, connection, job.rank)
     dist.destroy_process_group()
@@ -115,11 +114,12 @@ def _serve(job: RankJob, connection: Connection) -> None:
 
 def _obey(trainer: Any, connection: Connection, rank: int) -> None:
     """Carries out commands; each is sent to all ranks, so collectives match."""
+    start = trainer.step_count
     while True:
         command = receive(connection)
         kind = command["kind"]
         if kind == "run":
-            _run(trainer, connection, rank, command["steps"])
+            _run(trainer, connection, rank, command["steps"], start)
         elif kind == "evaluate":
             loss = trainer.evaluate()
             if rank == 0:
@@ -133,10 +133,13 @@ def _obey(trainer: Any, connection: Connection, rank: int) -> None:
         send(connection, "idle", rank=rank, after=kind)
 
 
-def _run(trainer: Any, connection: Connection, rank: int, steps: int) -> None:
+def _run(trainer: Any, connection: Connection, rank: int, steps: int, start: int) -> None:
     for _ in range(steps):
+        # The optimizer's states exist from the second step on: it is what all others are like.
+        # The first two are not timed.
+        measure = trainer.step_count == min(start + 1, trainer.config.train_iters - 1)
         # Rank 0 sees a command that arrives meanwhile; all ranks stop after the same step.
-        result = trainer.train_step(stop=rank == 0 and connection.poll())
+        result = trainer.train_step(stop=rank == 0 and connection.poll(), measure=measure)
         if rank == 0:
             send(connection, "step", **asdict(result))
         if result.stop:
