@@ -202,6 +202,7 @@ def test_a_missing_attention_formula_is_an_error(monkeypatch):
     with pytest.warns(UserWarning, match="not counted: aten::_scaled_dot") as warned:
         meter = step(MODELS["gpt"], unknown="warn")
     assert len(warned) == 1  # once an operator, not once a call
+    assert meter.uncounted == (name,)
     assert meter.counts.forward < MODELS["gpt"].forward_flops()
 
 

@@ -33,6 +33,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",
     "mindspeed.features.ops.swiglu",
+    "mindspeed.features.profile.flops",
     "mindspeed.features.profile.steps",
 )
 

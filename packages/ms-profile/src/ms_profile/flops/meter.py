@@ -110,6 +110,7 @@ class FlopMeter(Meter):
         # The base class asks for this when the meter is entered.
         vars(self)["watches_modules"] = by_module
         self._counters: dict[OpOverload, Counter | None] = {}
+        self._uncounted: list[str] = []
         self._passing = False
         self.reset()
 
@@ -164,12 +165,18 @@ class FlopMeter(Meter):
             import warnings
 
             warnings.warn(f"not counted: {error}", stacklevel=2)
+            self._uncounted.append(func._schema.name)
             return None
 
     @property
     def counts(self) -> Flops:
         """What was counted so far, over all counted entries."""
         return Flops(**self._totals())
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Operators that were met and have no formula; none with `unknown="error"`."""
+        return tuple(self._uncounted)
 
     @property
     def entries(self) -> int:
@@ -209,6 +216,7 @@ class FlopMeter(Meter):
             "attention": self._attention,
             "entries": self._entries,
             "sampled": self.sampled,
+            "uncounted": list(self._uncounted),
             "total": total,
             "by_module": self._tables("module") if self._follow else {},
             "by_op": self._tables("op"),
