@@ -1,8 +1,8 @@
 """How an operator becomes a torch.library custom op.
 
-Each operator is two functional custom ops, `ms::<op>` and `ms::<op>_backward`, whose last
-argument names the backend (empty: choose inside, which is what a trace does). In eager mode a
-call is one dispatcher op with its own autograd formula. Under torch.compile the ops dissolve
+A differentiable operator is two functional custom ops, `ms::<op>` and `ms::<op>_backward`, whose
+last argument names the backend (empty: choose inside, which is what a trace does). In eager mode
+a call is one dispatcher op with its own autograd formula. Under torch.compile the ops dissolve
 into what the backend runs, so that the compiler fuses it with its neighbours.
 """
 
@@ -22,7 +22,7 @@ from .registry import Facts
 NAMESPACE = "ms"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpDef:
     """The parts of an operator.
 
@@ -32,21 +32,27 @@ class OpDef:
     formula; `grad` calls the backward op through `Operator.backward`. `prepare` takes the public
     function's arguments, checks them and returns those of the forward op. `flops` and
     `backward_flops` count matrix products (see `ms_ops.flops`); None says that there are none.
+
+    An operator without derivative leaves out all that backward needs; its tensors must not require
+    gradients. One that writes into an argument marks it in the schema (`Tensor(a!) acc`) and
+    returns nothing. `opaque` keeps the op whole under torch.compile: its kernels read the values
+    of a tensor to know what to launch, which no trace can.
     """
 
     name: str
     family: str
     prepare: Callable[..., tuple[Any, ...]]
     schema: str
-    backward_schema: str
     facts: Callable[..., Facts]
-    backward_facts: Callable[..., Facts]
     fake: Callable[..., Any]
-    backward_fake: Callable[..., Any]
-    save: Callable[..., None]
-    grad: Callable[..., Any]
     flops: Callable[..., int] | None
-    backward_flops: Callable[..., int] | None
+    backward_schema: str | None = None
+    backward_facts: Callable[..., Facts] | None = None
+    backward_fake: Callable[..., Any] | None = None
+    save: Callable[..., None] | None = None
+    grad: Callable[..., Any] | None = None
+    backward_flops: Callable[..., int] | None = None
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Operator:
 
     definition: OpDef
     forward_op: Callable[..., Any]
-    backward_op: Callable[..., Any]
+    backward_op: Callable[..., Any] | None
 
     def __call__(self, *args: Any) -> Any:
         """Run the forward op on the backend chosen now."""
@@ -66,6 +72,7 @@ class Operator:
 
     def backward(self, *args: Any) -> Any:
         """Run the backward op; the last argument is the backend, empty to choose one."""
+        assert self.backward_op is not None, f"{self.definition.name} has no derivative"
         return self.backward_op(*args)
 
 
@@ -73,28 +80,41 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def define_op(definition: OpDef) -> Operator:
-    """Register both custom ops of an operator with fakes, autograd and the transparent rule."""
+    """Register the custom ops of an operator with fakes, autograd and the transparent rule."""
     name = definition.name
     registry.register_operator(name, definition.family)
     forward = _custom_op(
-        name, definition.schema, _body(name, "forward", definition.facts), definition.fake
+        name,
+        definition.schema,
+        _body(name, "forward", definition.facts),
+        definition.fake,
+        definition.opaque,
     )
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    state_flops(packet, definition.flops)
+    OPERATORS[name] = Operator(definition, packet.default, _define_backward(definition, forward))
+    return OPERATORS[name]
+
+
+def _define_backward(definition: OpDef, forward: Any) -> Callable[..., Any] | None:
+    if definition.backward_schema is None:
+        return None
+    assert definition.backward_facts is not None
+    assert definition.backward_fake is not None
+    assert definition.grad is not None
+    name = f"{definition.name}_backward"
     _custom_op(
-        f"{name}_backward",
+        name,
         definition.backward_schema,
-        _body(name, "backward", definition.backward_facts),
+        _body(definition.name, "backward", definition.backward_facts),
         definition.backward_fake,
+        definition.opaque,
     )
     forward.register_autograd(definition.grad, setup_context=definition.save)
-    namespace = getattr(torch.ops, NAMESPACE)
-    state_flops(getattr(namespace, name), definition.flops)
-    state_flops(getattr(namespace, f"{name}_backward"), definition.backward_flops)
-    OPERATORS[name] = Operator(
-        definition,
-        getattr(namespace, name).default,
-        getattr(namespace, f"{name}_backward").default,
-    )
-    return OPERATORS[name]
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    state_flops(packet, definition.backward_flops)
+    overload: Callable[..., Any] = packet.default
+    return overload
 
 
 def _body(op: str, direction: str, facts: Callable[..., Facts]) -> Callable[..., Any]:
@@ -106,11 +126,15 @@ def _body(op: str, direction: str, facts: Callable[..., Facts]) -> Callable[...,
     return run
 
 
-def _custom_op(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _custom_op(
+    name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], opaque: bool
+) -> Any:
     arguments, returns = schema.split(" -> ")
     full = f"{arguments[:-1]}, str backend) -> {returns}"
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=full)
     op.register_fake(lambda *args: fake(*args[:-1]))
+    if opaque:
+        return op
 
     def dissolve(
         mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -48,13 +48,13 @@ def always(facts: Facts) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Forward and backward of one operator in one backend.
+    """Forward and backward of one operator in one backend; None where there is no derivative.
 
     `supports(facts)` returns None when the kernel can serve the call, else the reason.
     """
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
     supports: Callable[[Facts], str | None] = always
     deterministic: bool = True
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ms_ops
 
 from .. import registry
+from ..opdef import NAMESPACE
 from ..opdef import OPERATORS as DEFINED
-from .case import Sample
+from .case import OpTest, Sample
 from .cases import OPERATORS
 from .tolerance import assert_close
 
@@ -50,55 +52,53 @@ def check_values(op: str, sample: Sample, backend: str) -> None:
     test = OPERATORS[op]
     dtype = _input_dtype(sample)
     with poisoned_empty(), ms_ops.backend(**{op: backend}):
-        got = _run(test.function, sample)
-    oracle = _run(_reference(op), _cast(sample, torch.float64))
-    eager = _run(test.plain, sample)
-    kinds = test.outputs + tuple(test.gradients[i] for i in sample.differentiable)
-    if sample.kwargs.get("casting") == "llama":
-        kinds = tuple("E2" if kind == "E1" else kind for kind in kinds)
-    for (name, mine), truth, other, kind in zip(got, oracle, eager, kinds, strict=True):
+        got = _run(test, test.function, sample)
+    oracle = _run(test, _reference(op), _cast(sample, torch.float64))
+    eager = _run(test, test.plain, sample)
+    assert got.keys() == oracle.keys() == eager.keys(), f"{op} {sample.name}: outputs differ"
+    for name, mine in got.items():
         where = f"{op}[{backend}] {sample.name} {dtype} {name}"
-        assert_close(kind, where, mine, truth[1], other[1], dtype)
+        kind = _kind(test, sample, name)
+        assert_close(kind, where, mine, oracle[name], eager[name], dtype)
 
 
 def check_gradients(op: str, sample: Sample, backend: str) -> None:
     """Compare the backward with finite differences; the sample must be fp64."""
     test = OPERATORS[op]
-    leaves = {i: sample.args[i].detach().clone().requires_grad_() for i in sample.differentiable}
+    start, kwargs = _leaves(test, sample)
+    leaves = {
+        i: _at(start, kwargs, i).detach().clone().requires_grad_() for i in sample.differentiable
+    }
 
-    def outputs(*values: Tensor) -> Tensor:
-        args = list(sample.args)
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        args, options = list(start), dict(kwargs)
         for i, value in zip(leaves, values, strict=True):
-            args[i] = value
-        return _tuple(test.function(*args, **sample.kwargs))[0]
+            _put(args, options, i, value)
+        results = _outputs(test, test.function(*args, **options), args)
+        return tuple(results[i] for i in _flowing(test, results))
 
     with ms_ops.backend(**{op: backend}):
-        assert torch.autograd.gradcheck(outputs, tuple(leaves.values()))
+        assert not leaves or torch.autograd.gradcheck(outputs, tuple(leaves.values()))
 
 
 def check_custom_op(op: str, sample: Sample, backend: str) -> None:
     """Run torch's own checks of the schema, autograd registration, fakes and tracing."""
     operator = DEFINED[op]
-    args = (*operator.definition.prepare(*_leaves(sample), **dict(sample.kwargs)), backend)
+    args, kwargs = _leaves(OPERATORS[op], sample)
+    prepared = (*operator.definition.prepare(*args, **kwargs), backend)
     op_call: Any = operator.forward_op
-    torch.library.opcheck(op_call, args)
+    torch.library.opcheck(op_call, prepared)
 
 
 def check_fake(op: str, sample: Sample, backend: str) -> None:
-    """Compare shape, stride, dtype and device of fake and real outputs and gradients."""
+    """Compare shape, stride, dtype and device of what our custom ops return, fake and real."""
     test = OPERATORS[op]
     with ms_ops.backend(**{op: backend}):
-        real = _run(test.function, sample)
-        with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in sample.args]
-            kwargs = {
-                k: mode.from_tensor(a) if isinstance(a, Tensor) else a
-                for k, a in sample.kwargs.items()
-            }
-            fake = _run(
-                test.function, Sample(sample.name, tuple(fakes), kwargs, sample.differentiable)
-            )
-    for (name, mine), (_, other) in zip(real, fake, strict=True):
+        with _Returned() as real:
+            _run(test, test.function, sample)
+        with FakeTensorMode() as mode, _Returned() as fake:
+            _run(test, test.function, _each_tensor(sample, mode.from_tensor))
+    for (name, mine), (_, other) in zip(real.tensors, fake.tensors, strict=True):
         for what in ("shape", "dtype", "device"):
             assert getattr(mine, what) == getattr(other, what), f"{op} {sample.name} {name} {what}"
         assert check_significant_strides(mine, other)[0], f"{op} {sample.name} {name} stride"
@@ -113,20 +113,22 @@ def check_compiled(
     with ms_ops.backend(**{op: backend}):
         compiled = torch.compile(test.function, fullgraph=True, dynamic=True, backend=compiler)
         for sample in many:
-            eager, traced = _run(test.function, sample), _run(compiled, sample)
-            for (name, mine), (_, other) in zip(eager, traced, strict=True):
+            eager, traced = _run(test, test.function, sample), _run(test, compiled, sample)
+            for name, mine in eager.items():
                 where = f"{op}[{backend}] compiled {sample.name} {name}"
+                kind = "E2" if mine.is_floating_point() else "X"
                 truth = mine.to(torch.float64)
-                assert_close("E2", where, other, truth, None, _input_dtype(sample))
+                assert_close(kind, where, traced[name], truth, None, _input_dtype(sample))
 
 
 def check_deterministic(op: str, sample: Sample, backend: str) -> None:
     """Run twice and compare bit by bit."""
     test = OPERATORS[op]
     with ms_ops.backend(**{op: backend}):
-        first, second = _run(test.function, sample), _run(test.function, sample)
-    for (name, mine), (_, other) in zip(first, second, strict=True):
-        assert torch.equal(mine, other), f"{op}[{backend}] {sample.name} {name}: two runs differ"
+        first, second = (_run(test, test.function, sample) for _ in range(2))
+    for name, mine in first.items():
+        same = torch.equal(mine, second[name])
+        assert same, f"{op}[{backend}] {sample.name} {name}: two runs differ"
 
 
 def check_errors(op: str, backend: str) -> None:
@@ -168,7 +170,26 @@ def check_backend(
 
 def is_small(sample: Sample) -> bool:
     """Say whether finite differences over the sample take well under a second."""
+    if not sample.differentiable:
+        return False
     return sum(a.numel() for a in sample.args if isinstance(a, Tensor)) <= 800
+
+
+class _Returned(TorchDispatchMode):
+    """Keeps what our custom ops return, before autograd casts a gradient to its input's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == NAMESPACE:
+            named = [(f"{func} output {i}", t) for i, t in enumerate(_tuple(out))]
+            self.tensors += [(name, t) for name, t in named if t is not None]
+        return out
 
 
 def _reference(op: str) -> Callable[..., Any]:
@@ -186,36 +207,82 @@ def _input_dtype(sample: Sample) -> torch.dtype:
     return dtype
 
 
+def _kind(test: OpTest, sample: Sample, name: str) -> str:
+    """Return the tolerance class of a tensor that `_run` has named."""
+    what, _, place = name.partition(" ")
+    if what == "output":
+        kind = test.outputs[int(place)]
+    else:
+        kind = test.gradients[int(place) if place.isdigit() else place]
+    return "E2" if kind == "E1" and sample.kwargs.get("casting") == "llama" else kind
+
+
+def _each_tensor(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    args = (change(a) if isinstance(a, Tensor) else a for a in sample.args)
+    kwargs = {k: change(a) if isinstance(a, Tensor) else a for k, a in sample.kwargs.items()}
+    return Sample(sample.name, tuple(args), kwargs, sample.differentiable)
+
+
 def _cast(sample: Sample, dtype: torch.dtype) -> Sample:
-    args = (a.to(dtype) if isinstance(a, Tensor) else a for a in sample.args)
-    return Sample(sample.name, tuple(args), sample.kwargs, sample.differentiable)
+    return _each_tensor(sample, lambda a: a.to(dtype) if a.is_floating_point() else a)
 
 
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+def _tuple(outputs: Any) -> tuple[Any, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _leaves(sample: Sample) -> list[Any]:
-    args = list(sample.args)
+def _at(args: list[Any], kwargs: dict[str, Any], place: int | str) -> Tensor:
+    tensor: Tensor = kwargs[place] if isinstance(place, str) else args[place]
+    return tensor
+
+
+def _put(args: list[Any], kwargs: dict[str, Any], place: int | str, value: Tensor) -> None:
+    if isinstance(place, str):
+        kwargs[place] = value
+    else:
+        args[place] = value
+
+
+def _leaves(test: OpTest, sample: Sample) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of one call: leaves where differentiated, copies where written into."""
+    args, kwargs = list(sample.args), dict(sample.kwargs)
     for i in sample.differentiable:
-        args[i] = args[i].detach().requires_grad_()
-    return args
+        _put(args, kwargs, i, _at(args, kwargs, i).detach().requires_grad_())
+    for i in test.mutates:
+        args[i] = args[i].clone()
+    return args, kwargs
 
 
-def _run(function: Callable[..., Any], sample: Sample) -> list[tuple[str, Tensor]]:
-    """Return named outputs and gradients for a random output gradient.
+def _outputs(test: OpTest, result: Any, args: list[Any]) -> tuple[Any, ...]:
+    """Return the outputs of one call; for a kernel that writes in place what it wrote into."""
+    return tuple(args[i] for i in test.mutates) if result is None else _tuple(result)
 
-    The gradient is random and dense: that of a sum is a stride-0 tensor of ones, which hides
+
+def _flowing(test: OpTest, outputs: tuple[Any, ...]) -> list[int]:
+    """Return the places of the outputs that gradients flow back from."""
+    return [i for i in test.differentiable_outputs if outputs[i] is not None]
+
+
+def _run(test: OpTest, function: Callable[..., Any], sample: Sample) -> dict[str, Tensor]:
+    """Return named outputs, and gradients for random output gradients.
+
+    Those are random and dense: the gradient of a sum is a stride-0 tensor of ones, which hides
     and triggers defects of its own.
     """
-    args = _leaves(sample)
-    outputs = _tuple(function(*args, **sample.kwargs))
+    args, kwargs = _leaves(test, sample)
+    outputs = _outputs(test, function(*args, **kwargs), args)
+    named = {f"output {i}": o.detach() for i, o in enumerate(outputs) if o is not None}
+    if not sample.differentiable:
+        return named
     generator = torch.Generator().manual_seed(7)
-    shape = [int(n) for n in outputs[0].shape]
-    dy = torch.randn(shape, generator=generator, dtype=torch.float64)
+    flowing = [outputs[i] for i in _flowing(test, outputs)]
+    leaves = [_at(args, kwargs, i) for i in sample.differentiable]
+    grads = torch.autograd.grad(flowing, leaves, [_noise(out, generator) for out in flowing])
+    return named | {f"grad {i}": g for i, g in zip(sample.differentiable, grads, strict=True)}
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    shape = [int(n) for n in like.shape]
+    wide = torch.randn(shape, generator=generator, dtype=torch.float64)
     # Rounded through the coarsest dtype, so that every precision gets the very same gradient.
-    dy = dy.bfloat16().to(outputs[0].dtype).to(outputs[0].device)
-    leaves = [args[i] for i in sample.differentiable]
-    grads = torch.autograd.grad(outputs[0], leaves, dy)
-    named = [(f"output {i}", out.detach()) for i, out in enumerate(outputs)]
-    return named + [(f"grad {i}", g) for i, g in zip(sample.differentiable, grads, strict=True)]
+    return wide.bfloat16().to(like.dtype).to(like.device)

@@ -14,12 +14,12 @@ Make = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: its arguments, and which of them are differentiated (by position)."""
+    """One call: its arguments, and which are differentiated (by position, or by keyword)."""
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    differentiable: tuple[int, ...] = (0,)
+    differentiable: tuple[int | str, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class OpTest:
         errors: `errors()` yields the calls that every backend must refuse, with the same message.
         plain: what eager torch code commonly writes, in the dtype of its inputs.
         outputs: tolerance class of each output.
-        gradients: tolerance class of each gradient, by the argument's position.
+        gradients: tolerance class of each gradient, by the argument's position or keyword.
         traced: samples that go through torch's tracers, which take seconds each.
         resized: two samples that a function compiled with dynamic shapes serves one by one.
         grows: the dimension, by the argument's position, that may have any size in one graph.
+        differentiable_outputs: outputs that gradients flow back from; None where one is absent.
+        mutates: positions of the arguments that the function writes into and returns.
     """
 
     name: str
@@ -67,7 +69,9 @@ class OpTest:
     errors: Callable[[], Iterator[ErrorSample]]
     plain: Callable[..., Any]
     outputs: tuple[str, ...]
-    gradients: Mapping[int, str]
+    gradients: Mapping[int | str, str]
     traced: tuple[str, ...]
     resized: tuple[str, str]
     grows: Mapping[int, int]
+    differentiable_outputs: tuple[int, ...] = (0,)
+    mutates: tuple[int, ...] = ()

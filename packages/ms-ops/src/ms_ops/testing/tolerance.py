@@ -5,6 +5,7 @@ M   sums of many terms (matrix products, gradients summed over rows): at most tw
     plain torch in the same dtype, and under a hard cap
 MG  gradients of class M: the cap is twice as high, as the rounding of the saved output enters too
 S   statistics kept in the compute dtype (rstd, log-sum-exp)
+X   copies and integers: equal
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def assert_close(
     """Raise AssertionError, naming the tensor, unless `got` is within its class of `oracle`.
 
     Args:
-        kind: "E1", "E2", "M", "MG" or "S".
+        kind: "E1", "E2", "M", "MG", "S" or "X".
         name: what the tensor is, for the message.
         got: the result under test.
         oracle: the same in fp64.
@@ -81,6 +82,9 @@ def assert_close(
         inputs: the dtype of the call's inputs.
     """
     assert got.shape == oracle.shape, f"{name}: shape {got.shape}, need {oracle.shape}"
+    if kind == "X":
+        assert torch.equal(got.to(oracle.dtype), oracle), f"{name}: not equal"
+        return
     if kind in ("M", "MG"):
         assert plain is not None, f"{name}: class {kind} needs plain torch's result"
         _assert_matmul(name, got, oracle, plain, CAP[got.dtype] * (2 if kind == "MG" else 1))
