@@ -181,8 +181,21 @@ def environment_names(tree: ast.Module) -> set[str]:
             keys.append(node.slice)
         elif isinstance(node, ast.Call) and dotted(node.func) in READERS and node.args:
             keys.append(node.args[0])
-    names = {ast.unparse(key) for key in keys}
-    return {str(constants.get(name, name)).strip("'") for name in names}
+    table = environment_table(tree)
+    # A variable of a loop over the module's own table stands for the names in it.
+    names = {ast.unparse(key) for key in keys if not (table and isinstance(key, ast.Name))}
+    return {str(constants.get(name, name)).strip("'") for name in names} | table
+
+
+def environment_table(tree: ast.Module) -> set[str]:
+    """Keys of a module's `ENVIRONMENT`, the table of the variables that it sets."""
+    tables = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ENVIRONMENT"
+    )
+    dicts = (d for value in tables if value for d in ast.walk(value) if isinstance(d, ast.Dict))
+    return {str(key.value) for d in dicts for key in d.keys if isinstance(key, ast.Constant)}
 
 
 READERS = {"os.environ.get", "os.getenv", "os.environ.pop", "os.environ.setdefault"}
