@@ -90,7 +90,7 @@ def test_of_two_results_of_one_name_the_newer_is_read(folder):
 
 
 def test_windows_of_one_rank_add_up(folder):
-    write_trace(folder / "rank0_steps20-22.pt.trace.json", gpu_trace())
+    write_trace(folder / "rank0_steps20-22.pt.trace.json", gpu_trace(steps=(20, 21)))
     first = report.summarise(folder).ranks[0]
     assert first.steps == 4
     assert first.kinds.compute_s == US(1200e-6)
@@ -166,3 +166,58 @@ def test_changes_between_runs(folder, tmp_path):
     assert {change.name: change.difference for change in found.flops} == {"mlp": -300, "": -1}
     assert found.notes == (f"memory: only {folder} has it",)
     assert json.loads(json.dumps(found.as_dict()))["kind"] == "comparison"
+
+
+SUMMARY = {
+    "kind": "summary",
+    "version": 1,
+    "rank": 0,
+    "world_size": 4,
+    "steps": [10, 11],
+    "seconds": [0.5, 0.25],
+    "operators": [
+        {"name": "aten::mm", "calls": 2, "self_us": 5.0, "total_us": 7.0, "shapes": [[1]]},
+        {"name": "aten::mm", "calls": 1, "self_us": 2.0, "total_us": 3.0, "shapes": [[2]]},
+        {"name": "sgemm", "calls": 3, "device_self_us": 9.0, "device_total_us": 9.0},
+        {"name": "ProfilerStep#10", "calls": 1, "self_us": 1.0, "total_us": 9.0, "mark": True},
+        {"name": "train.py(7): step", "calls": 1, "self_us": 1.0, "total_us": 9.0},
+    ],
+}
+
+
+def test_a_summary_stands_in_for_a_trace(tmp_path):
+    (tmp_path / "rank0_steps10-12.summary.json").write_text(json.dumps(SUMMARY))
+    found = report.summarise(tmp_path)
+    (rank,) = found.ranks
+    assert (found.world_size, rank.iterations, rank.step_s) == (4, (10, 11), 0.375)
+    assert [(row.name, row.where, row.calls) for row in rank.operators] == [
+        ("sgemm", "device", 3),
+        ("aten::mm", "host", 3),
+    ]
+    assert rank.operators[1].self_s == US(7e-6)
+    # Also where the trace is larger than the limit.
+    write_trace(tmp_path / "rank0_steps10-12.pt.trace.json", gpu_trace())
+    assert report.summarise(tmp_path).ranks[0].kinds is not None
+    refused = report.summarise(tmp_path, report.Limits(trace_bytes=100))
+    assert refused.missing == (0,)
+    assert refused.ranks == found.ranks
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"kind": "comm"}, "got kind 'comm', version 1"),
+        ({"rank": 1}, "is a summary of rank 1"),
+        ({"steps": [1]}, "1 steps have 2 times"),
+        ({"seconds": [-1, 1]}, "seconds is -1, outside"),
+        ({"operators": 3}, "operators is a int, not a list"),
+        ({"operators": [[]]}, r"operators\[0\] is not an object with a name"),
+        ({"operators": [{"name": "a", "calls": -1}]}, r"operators\[0\].calls is -1"),
+        ({"operators": [{"name": "a", "calls": 1, "self_us": 1e99}]}, r"self_us is 1e\+99"),
+    ],
+)
+def test_faults_of_a_summary(tmp_path, change, fault):
+    path = tmp_path / "rank0_steps10-12.summary.json"
+    path.write_text(json.dumps({**SUMMARY, **change}))
+    with pytest.raises(report.TraceError, match=fault):
+        report.summarise(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -22,6 +22,7 @@ def moments(spans):
 
 
 @given(SPANS, SPANS)
+@settings(max_examples=50, deadline=10_000)
 def test_interval_sets_are_sets_of_moments(first, second):
     one, two = intervals.union(first), intervals.union(second)
     assert moments(one) == moments(first)
@@ -74,7 +75,10 @@ def test_kinds_of_time_on_a_device(tmp_path):
             "streams added up", "ms_profile.report.trace:_summary", "union(intervals)", "intervals"
         ),
         Mutation(
-            "input alone", "ms_profile.report.trace:_transfer", "item * max", "2 * item * max"
+            "both ways counted",
+            "ms_profile.report.collect:_transfer",
+            "item * max",
+            "2 * item * max",
         ),
     ],
     ids=lambda mutation: mutation.name,
@@ -139,6 +143,37 @@ def traced(tmp_path_factory):
             model(x).sum().backward()
             profiler.step()
     return path, averages
+
+
+def test_a_label_gives_its_group_to_the_communication_that_follows(tmp_path):
+    notes = {"category": "user_annotation"}
+    trace = [
+        host_event("allreduce_ [dp]", 0, 10, **notes),
+        host_event("allreduce_ [tp]", 12, 10, **notes),
+        host_event("_allgather_base [tp]", 30, 5, **notes),
+        host_event("gloo:all_reduce", 5, 20, tid=11, **notes),
+        host_event("gloo:all_gather", 40, 5, tid=11, **notes),
+        host_event("gloo:all_reduce", 30, 30, tid=12, **notes),
+        host_event("gloo:all_reduce", 70, 10, tid=12, **notes),
+    ]
+    found = read_trace(write_trace(tmp_path / "rank0_steps1-2.pt.trace.json", trace), 0)
+    times = {(row.group, row.op): round(row.time_s * 1e6) for row in found.comm_times}
+    assert times == {
+        ("dp", "all_reduce"): 20,
+        ("tp", "all_reduce"): 30,
+        ("tp", "all_gather"): 5,
+        ("", "all_reduce"): 10,
+    }
+
+
+def test_calls_of_the_host_do_not_count_beside_kernels(tmp_path):
+    trace = gpu_trace()
+    call = host_event("nccl:all_reduce", 1010, 5, category="user_annotation")
+    trace["traceEvents"].append(call)
+    found = read_trace(write_trace(tmp_path / "rank0_steps1-2.pt.trace.json", trace), 0)
+    assert [(row.group, row.calls) for row in found.comm_times] == [("dp", 2)]
+    assert found.world_size == 2
+    assert found.iterations == (10, 11)
 
 
 def check_operators(traced):

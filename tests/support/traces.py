@@ -11,7 +11,7 @@ NCCL = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>
 STEPS = (10, 11)
 
 
-def gpu_trace(rank: int = 0, world_size: int = 2) -> dict[str, Any]:
+def gpu_trace(rank: int = 0, world_size: int = 2, steps: tuple[int, ...] = STEPS) -> dict[str, Any]:
     """Two steps: three kernels each, an all-reduce that overlaps the last one, a copy.
 
     In microseconds, both steps together: compute 600 + 60 * rank, communication 200, of which
@@ -19,7 +19,7 @@ def gpu_trace(rank: int = 0, world_size: int = 2) -> dict[str, Any]:
     """
     events: list[dict[str, Any]] = []
     at, number = 1000, 1
-    for step in STEPS:
+    for step in steps:
         begin = at
         for _ in range(3):
             events += _launch(number, at, "sgemm_128", at + 15, 100 + 10 * rank)

@@ -43,13 +43,22 @@ def read_results(folder: Path, rank: int, limits: Limits | None = None) -> RankS
     }
     if not files:
         raise TraceError(output, "holds no results: has the profile been analysed?")
-    steps, kinds, step_s = 0, None, None
+    steps: tuple[int, ...] = ()
+    kinds, step_s = None, None
     if "step_trace_time.csv" in files:
         steps, kinds = _steps(files["step_trace_time.csv"], limit)
-        step_s = kinds.total_s / steps
+        step_s = kinds.total_s / len(steps)
     operators = _operators(files["op_statistic.csv"], limit) if "op_statistic.csv" in files else ()
     comm = _comm(files["communication.json"], limit) if "communication.json" in files else ()
-    return RankSummary(rank, steps, step_s, kinds, "device", operators, comm_times=comm)
+    return RankSummary(
+        rank,
+        iterations=steps,
+        step_s=step_s,
+        kinds=kinds,
+        source="device",
+        operators=operators,
+        comm_times=comm,
+    )
 
 
 def _rows(path: Path, columns: tuple[str, ...], limit: int) -> Iterator[dict[str, str]]:
@@ -77,19 +86,20 @@ def _number(path: Path, row: Mapping[str, str], column: str) -> float:
         raise TraceError(path, f"column {column}: {error}") from None
 
 
-def _steps(path: Path, limit: int) -> tuple[int, Kinds]:
+def _steps(path: Path, limit: int) -> tuple[tuple[int, ...], Kinds]:
     """Times are microseconds, one row a step; without steps one row with an empty step."""
     sums = dict.fromkeys(_STEP_COLUMNS, 0.0)
-    count = 0
+    steps: list[int] = []
     for row in _rows(path, _STEP_COLUMNS, limit):
-        count += 1
+        text = row.get("Step") or ""
+        steps.append(int(text) if text.isdecimal() and len(text) < 19 else len(steps))
         for column in _STEP_COLUMNS:
             sums[column] += _number(path, row, column) / 1e6
-    if not count:
+    if not steps:
         raise TraceError(path, "has no row")
     compute, exposed, comm, idle = sums.values()
     total = compute + exposed + idle
-    return count, Kinds(total, compute, comm, exposed, 0.0, 0.0, idle)
+    return tuple(steps), Kinds(total, compute, comm, exposed, 0.0, 0.0, idle)
 
 
 def _operators(path: Path, limit: int) -> tuple[Operator, ...]:

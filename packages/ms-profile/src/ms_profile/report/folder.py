@@ -178,7 +178,9 @@ def _add_npu(found: Folder, path: Path) -> None:
         for entry in _entries(path)
         if (match := re.fullmatch(r"profiler_info_(\d{1,7})\.json", entry.name, re.ASCII))
     ]
-    rank = ranks[0] if len(ranks) == 1 else _free(found) if not ranks else ranks[0]
+    if not ranks and (match := re.match(r"rank(\d{1,7})_", path.name, re.ASCII)):
+        ranks = [int(match[1])]
+    rank = ranks[0] if ranks else _free(found)
     if not ranks:
         found.notes.append(f"{printable(path.name)} does not say its rank: taken as rank {rank}")
     found.ranks.setdefault(rank, RankFiles()).npu.append(path)

@@ -114,6 +114,10 @@ def _check_memory(data: Record) -> None:
         number(point[0], f"{what} index", low=-1)
         number(point[1], f"{what} seconds", low=-1e9, high=1e12)
         number(point[2], f"{what} bytes", low=-(1 << 62))
+    for index, mark in enumerate(_list(data.get("marks", []), "marks")):
+        what = f"marks[{index}]"
+        _text(_mapping(mark, what).get("name"), f"{what}.name")
+        number(mark.get("seconds"), f"{what}.seconds", low=-1e9, high=1e12)
 
 
 def _check_events(data: Record) -> None:

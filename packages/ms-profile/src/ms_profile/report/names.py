@@ -22,6 +22,8 @@ _COLLECTIVES = {
 }
 _BACKENDS = ("gloo:", "nccl:", "hccl:", "xccl:", "mpi:", "ucc:")
 _DISPATCHED = ("c10d::", "_c10d_functional::", "c10d_functional::", "record_param_comms")
+# Rows that torch writes around Python code that handles an operator.
+_PYTHON = ("PythonDispatchMode", "PythonSubclass", "PythonTLSSnapshot", "Pregraph bytecode")
 _COPIES = frozenset({"aten::copy_", "aten::_foreach_copy_", "aten::_copy_from"})
 
 
@@ -39,11 +41,21 @@ def carries_out(name: str) -> bool:
     return name.startswith(_BACKENDS)
 
 
+def labelled(name: str) -> tuple[str, str] | None:
+    """Operation and group of a row `all_reduce [dp]` that names the group, as ours do."""
+    op, _, group = name.partition(" [")
+    if not group.endswith("]") or collective(op) not in _COLLECTIVES.values():
+        return None
+    return collective(op), group[:-1]
+
+
 def host_kind(name: str, category: str) -> Kind:
     """What a thread of the host does in an event."""
     if carries_out(name) or name.startswith(_DISPATCHED):
         return "communication"
     if category != "cpu_op":
+        return "other"
+    if name.startswith(_PYTHON):
         return "other"
     return "copy" if name in _COPIES else "compute"
 

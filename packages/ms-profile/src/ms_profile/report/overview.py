@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 
 from ms_profile.report import units
 from ms_profile.report.changes import Change, Comparison
-from ms_profile.report.run import add_modules, add_operators
-from ms_profile.report.summary import CommTime, RankSummary, RunSummary, over_ranks
+from ms_profile.report.summary import (
+    CommTime,
+    RankSummary,
+    RunSummary,
+    add_modules,
+    add_operators,
+    over_ranks,
+)
 from ms_profile.report.tables import TOP, make_console, say, show
 
 if TYPE_CHECKING:
@@ -72,7 +78,7 @@ def _print_ranks(run: RunSummary, console: Console) -> None:
     rows = [
         (
             str(rank.rank),
-            str(rank.steps or ""),
+            _steps(rank),
             "" if rank.step_s is None else units.duration(rank.step_s),
             units.duration(kinds.compute_s),
             units.duration(kinds.communication_s),
@@ -84,6 +90,16 @@ def _print_ranks(run: RunSummary, console: Console) -> None:
     ]
     columns = ("rank", "steps", "step", "compute", "communication", "exposed", "copies", "idle")
     show("per rank", columns, rows, console)
+
+
+def _steps(rank: RankSummary) -> str:
+    """Numbers of the steps: `10-11`, or how many if some are left out."""
+    if not rank.iterations:
+        return ""
+    first, last = rank.iterations[0], rank.iterations[-1]
+    if last - first + 1 != rank.steps:
+        return f"{rank.steps} of {first}-{last}"
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _print_operators(run: RunSummary, top: int, console: Console) -> None:
@@ -121,7 +137,7 @@ def _print_comm(run: RunSummary, console: Console) -> None:
     keys = {(row.group, row.op): None for rank in run.ranks for row in rank.comm_bytes}
     keys |= {(row.group, row.op): None for rank in run.ranks for row in rank.comm_times}
     rows = [_comm_row(run.ranks, *key) for key in keys]
-    columns = ("group", "operation", "calls", "payload", "on the wire", "time", "exposed")
+    columns = ("group", "operation", "calls", "payload", "on the wire", "traced", "time", "exposed")
     if rows:
         show("communication, all ranks", columns, rows, console, texts=2)
 
@@ -133,9 +149,10 @@ def _comm_row(ranks: Sequence[RankSummary], group: str, op: str) -> tuple[str, .
     return (
         group or "(not in the trace)",
         op,
-        str(sum(c.calls for c in counted) or sum(c.calls for c in timed)),
+        str(sum(c.calls for c in counted)) if counted else "",
         units.size(sum(payload)) if payload else "",
         units.size(sum(c.wire_bytes for c in counted)) if counted else "",
+        str(sum(c.calls for c in timed)) if timed else "",
         units.duration(sum(c.time_s for c in timed)) if timed else "",
         _exposed(timed),
     )

@@ -27,6 +27,7 @@ _ROWS = {
 }
 _LABELS = {"comm": "communication"}
 MAX_RANKS_WITH_NUMBERS = 16
+MAX_MARKS = 12
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -93,6 +94,8 @@ def memory_curve(data: object, path: str | os.PathLike[str]) -> Path:
     axes.set_ylabel(f"live memory ({unit})")
     axes.set_ylim(0, 1.06 * max(largest, 1) / divisor)
     axes.set_xlim(left=0)
+    if len(runs) == 1:
+        _marks(axes, *runs.values(), factor)
     _plain(axes)
     legend = figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     for text in legend.get_texts():
@@ -133,6 +136,29 @@ def _curve(
     words = [units.size(peak["bytes"]), *(printable(each, 40) for each in place if each)]
     words.append(f"at {times[at]:.3g} {moment}")
     axes.plot(times[at], live[at], "o", color=color, label=f"{label}peak {', '.join(words)}")
+
+
+def _marks(axes: Axes, run: meters.Record, factor: float) -> None:
+    """Moments that the user named, if they are few enough to be read."""
+    marks = run.get("marks", [])
+    if len(marks) > MAX_MARKS:
+        return
+    begin = run["timeline"][0][1]
+    for mark in marks:
+        at = (mark["seconds"] - begin) * factor
+        axes.axvline(at, color=GREY, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            printable(mark["name"], 24),
+            (at, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            rotation=90,
+            va="top",
+            fontsize=7,
+            color="#555555",
+            parse_math=False,
+        )
 
 
 def communication_matrix(

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from ms_profile.report import meters
 from ms_profile.report.ascend import read_results
+from ms_profile.report.averages import read_averages
 from ms_profile.report.folder import Folder, RankFiles, find
 from ms_profile.report.stream import Limits, TraceError, load_record
 from ms_profile.report.summary import (
     CommTime,
     Kinds,
-    ModuleTime,
-    Operator,
-    Operators,
     RankSummary,
     RunSummary,
+    add_modules,
+    add_operators,
 )
 from ms_profile.report.trace import read_trace
 
@@ -61,7 +61,7 @@ def read_run(path: str | os.PathLike[str], limits: Limits | None = None) -> Run:
     summary = RunSummary(
         path=str(folder.path),
         ranks=read,
-        world_size=reader.world_size,
+        world_size=max(reader.world_size, *(rank.world_size for rank in read)),
         missing=tuple(sorted(reader.missing)),
         problems=tuple(str(error) for error in reader.errors),
         notes=tuple(folder.notes),
@@ -95,7 +95,7 @@ class _Reader:
 
     def rank(self, rank: int, files: RankFiles) -> RankSummary | None:
         """What could be read of a rank; None if that is nothing."""
-        parts = [self._try(rank, read_trace, p, rank, self.limits) for p in files.traces.values()]
+        parts = [self._window(rank, files, name) for name in {**files.traces, **files.summaries}]
         parts += [self._try(rank, read_results, p, rank, self.limits) for p in files.npu]
         read = [part for part in parts if part is not None]
         found = join(read) if read else None
@@ -104,6 +104,15 @@ class _Reader:
             if record is not None:
                 self.meters.setdefault(kind, {})[rank] = record
                 found = _with_meter(found or RankSummary(rank), kind, record)
+        return found
+
+    def _window(self, rank: int, files: RankFiles, name: str) -> RankSummary | None:
+        """The trace of a window, or else the summary beside it."""
+        found = None
+        if name in files.traces:
+            found = self._try(rank, read_trace, files.traces[name], rank, self.limits)
+        if found is None and name in files.summaries:
+            found = self._try(rank, read_averages, files.summaries[name], rank, self.limits)
         return found
 
     def _meter(self, path: Any, kind: str, rank: int) -> meters.Record:
@@ -147,7 +156,8 @@ def join(parts: Sequence[RankSummary]) -> RankSummary:
     peaks = [part.memory for part in parts if part.memory is not None]
     return RankSummary(
         rank=longest.rank,
-        steps=sum(part.steps for part in parts),
+        world_size=max(part.world_size for part in parts),
+        iterations=tuple(sorted({n for part in parts for n in part.iterations})),
         step_s=longest.step_s,
         kinds=_add_kinds([part.kinds for part in parts if part.kinds is not None]),
         source=longest.source,
@@ -163,28 +173,6 @@ def _add_kinds(parts: Sequence[Kinds]) -> Kinds | None:
         return None
     names = [each.name for each in fields(Kinds)]
     return Kinds(*(sum(getattr(part, name) for part in parts) for name in names))
-
-
-def add_operators(parts: Sequence[Operators]) -> Operators:
-    """Sums by name and place; most self time first."""
-    sums: dict[tuple[str, Any], list[float]] = {}
-    for row in (row for part in parts for row in part):
-        found = sums.setdefault((row.name, row.where), [0, 0.0, 0.0])
-        for i, value in enumerate((row.calls, row.self_s, row.total_s)):
-            found[i] += value
-    rows = [Operator(name, where, int(n), s, t) for (name, where), (n, s, t) in sums.items()]
-    return tuple(sorted(rows, key=lambda row: (-row.self_s, row.name)))
-
-
-def add_modules(parts: Sequence[tuple[ModuleTime, ...]]) -> tuple[ModuleTime, ...]:
-    """Sums by module; most self time first."""
-    sums: dict[str, list[float]] = {}
-    for row in (row for part in parts for row in part):
-        found = sums.setdefault(row.module, [0, 0.0, 0.0])
-        for i, value in enumerate((row.calls, row.self_s, row.total_s)):
-            found[i] += value
-    rows = [ModuleTime(name, int(n), s, t) for name, (n, s, t) in sums.items()]
-    return tuple(sorted(rows, key=lambda row: (-row.self_s, row.module)))
 
 
 def _add_comm(parts: Sequence[tuple[CommTime, ...]]) -> tuple[CommTime, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
@@ -106,7 +106,8 @@ class RankSummary:
 
     Attributes:
         rank: Its number.
-        steps: Steps in the traced window, 0 where the trace does not say it.
+        world_size: Ranks of the run, 0 where no file says it.
+        iterations: Numbers of the traced steps; empty where the trace does not say it.
         step_s: Median length of a step.
         kinds: Where the time went, None without a trace.
         source: What the times are of: kernels on the device, or operators on the host.
@@ -119,7 +120,8 @@ class RankSummary:
     """
 
     rank: int
-    steps: int = 0
+    world_size: int = 0
+    iterations: tuple[int, ...] = ()
     step_s: float | None = None
     kinds: Kinds | None = None
     source: str = ""
@@ -129,6 +131,11 @@ class RankSummary:
     comm_bytes: tuple[CommBytes, ...] = ()
     memory: MemoryPeak | None = None
     flops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were traced, 0 where the trace does not say it."""
+        return len(self.iterations)
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,28 @@ class RunSummary:
     def as_dict(self) -> dict[str, Any]:
         """The summary as JSON-able data."""
         return {"kind": "run", "version": 1, **asdict(self)}
+
+
+def add_operators(parts: Sequence[Operators]) -> Operators:
+    """Sums by name and place; most self time first."""
+    sums: dict[tuple[str, Any], list[float]] = {}
+    for row in (row for part in parts for row in part):
+        found = sums.setdefault((row.name, row.where), [0, 0.0, 0.0])
+        for i, value in enumerate((row.calls, row.self_s, row.total_s)):
+            found[i] += value
+    rows = [Operator(name, where, int(n), s, t) for (name, where), (n, s, t) in sums.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.self_s, row.name)))
+
+
+def add_modules(parts: Sequence[tuple[ModuleTime, ...]]) -> tuple[ModuleTime, ...]:
+    """Sums by module; most self time first."""
+    sums: dict[str, list[float]] = {}
+    for row in (row for part in parts for row in part):
+        found = sums.setdefault(row.module, [0, 0.0, 0.0])
+        for i, value in enumerate((row.calls, row.self_s, row.total_s)):
+            found[i] += value
+    rows = [ModuleTime(name, int(n), s, t) for name, (n, s, t) in sums.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.self_s, row.module)))
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ class has no reader for trace files, hence the sums here.
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from ms_profile.report import names
+from ms_profile.report.collect import Collector, with_groups
 from ms_profile.report.intervals import Interval, Nested, clip, length, nest, subtract, union
-from ms_profile.report.stream import Limits, TraceError, TraceEvents, integer, number
+from ms_profile.report.stream import Limits, TraceError, TraceEvents, integer
 from ms_profile.report.summary import (
     CommTime,
     Kinds,
@@ -25,118 +24,6 @@ from ms_profile.report.summary import (
     Operators,
     RankSummary,
 )
-
-_HOST = frozenset({"cpu_op", "user_annotation"})
-_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
-_MODULE = "nn.Module: "
-_STEP = "ProfilerStep#"
-_ITEM_BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8, "int": 4, "long": 8, "byte": 1}
-
-
-@dataclass
-class _Table:
-    """Events of one thread or stream in columns, 20 bytes each."""
-
-    begin: array[int] = field(default_factory=lambda: array("q"))
-    end: array[int] = field(default_factory=lambda: array("q"))
-    name: array[int] = field(default_factory=lambda: array("l"))
-
-    def add(self, begin: int, end: int, name: int) -> None:
-        self.begin.append(begin)
-        self.end.append(end)
-        self.name.append(name)
-
-    def rows(self) -> list[tuple[int, int, int]]:
-        return list(zip(self.begin, self.end, self.name, strict=True))
-
-
-@dataclass(frozen=True)
-class _Transfer:
-    group: str
-    op: str
-    bytes: int | None
-
-
-class _Collector:
-    """Takes the events of a file one by one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: list[tuple[str, str]] = []  # name and category
-        self._index: dict[tuple[str, str], int] = {}
-        self.host: dict[Any, _Table] = defaultdict(_Table)
-        self.device: dict[Any, _Table] = defaultdict(_Table)
-        self.modules: dict[Any, _Table] = defaultdict(_Table)
-        self.kinds: dict[int, names.Kind] = {}  # of the device's names
-        self.transfers: list[tuple[_Transfer, Interval]] = []
-        self.memory = 0
-        self.first, self.last = 1 << 62, 0
-
-    def _name(self, name: str, category: str) -> int:
-        key = (name, category)
-        if key not in self._index:
-            self._index[key] = len(self.names)
-            self.names.append(key)
-        return self._index[key]
-
-    def add(self, event: dict[str, Any]) -> None:
-        """One event; ValueError if its numbers are not to be believed."""
-        category, name, phase = event.get("cat"), event.get("name"), event.get("ph")
-        if not isinstance(name, str) or not isinstance(category, str):
-            return
-        if phase == "i" and name == "[memory]":
-            self._allocation(event.get("args"))
-        if phase != "X":
-            return
-        begin = round(1000 * number(event.get("ts"), "ts", high=1e16))
-        end = begin + round(1000 * number(event.get("dur"), "dur", high=1e12))
-        row = str(event.get("pid")), str(event.get("tid"))
-        if category in _HOST:
-            self._span(begin, end)
-            index = self._name(name, category)
-            self.host[row].add(begin, end, index)
-            if names.carries_out(name):
-                self.transfers.append((_Transfer("", names.collective(name), None), (begin, end)))
-        elif category in _DEVICE:
-            self._span(begin, end)
-            self._on_device(event, row, (begin, end))
-        elif category == "python_function" and name.startswith(_MODULE):
-            index = self._name(name.removeprefix(_MODULE), category)
-            self.modules[row].add(begin, end, index)
-
-    def _span(self, begin: int, end: int) -> None:
-        self.first, self.last = min(self.first, begin), max(self.last, end)
-
-    def _on_device(self, event: dict[str, Any], row: Any, interval: Interval) -> None:
-        args = event.get("args")
-        args = args if isinstance(args, dict) else {}
-        name, category = event["name"], event["cat"]
-        index = self._name(name, category)
-        kind = names.device_kind(name, category, args)
-        self.kinds[index] = kind
-        self.device[row].add(*interval, index)
-        if kind == "communication":
-            self.transfers.append((_transfer(name, args), interval))
-
-    def _allocation(self, args: Any) -> None:
-        if isinstance(args, dict) and "Total Allocated" in args:
-            # Memory from before the profiler began is freed as a negative total.
-            total = integer(args["Total Allocated"], "Total Allocated", low=-(1 << 62))
-            self.memory = max(self.memory, total)
-
-
-def _transfer(name: str, args: dict[str, Any]) -> _Transfer:
-    """What the record of a collective says, as NCCL's kernels carry it."""
-    group = args.get("Process Group Description") or args.get("Process Group Name") or ""
-    op = args.get("Collective name")
-    item = _ITEM_BYTES.get(str(args.get("dtype", "")).lower())
-    counts = [
-        count
-        for count in (args.get("In msg nelems"), args.get("Out msg nelems"))
-        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 50
-    ]
-    size = item * max(counts) if item and len(counts) == 2 else None
-    return _Transfer(str(group), names.collective(op if isinstance(op, str) else name), size)
 
 
 def read_trace(path: Path, rank: int, limits: Limits | None = None) -> RankSummary:
@@ -150,7 +37,7 @@ def read_trace(path: Path, rank: int, limits: Limits | None = None) -> RankSumma
     Raises:
         TraceError: The file cannot be read, is no trace, or holds impossible numbers.
     """
-    collector = _Collector(path)
+    collector = Collector()
     events = TraceEvents(path, (limits or Limits()).trace_bytes)
     for index, event in enumerate(events):
         try:
@@ -161,14 +48,27 @@ def read_trace(path: Path, rank: int, limits: Limits | None = None) -> RankSumma
             raise TraceError(path, f"event {index}: {error}") from None
     if not collector.last:
         raise TraceError(path, "holds no operator: was anything run while it was recorded?")
-    return _summary(collector, rank)
+    return _summary(collector, rank, _world_size(path, events.header))
+
+
+def _world_size(path: Path, header: dict[str, object]) -> int:
+    found = header.get("distributedInfo")
+    if not isinstance(found, dict) or "world_size" not in found:
+        return 0
+    try:
+        return integer(found["world_size"], "world_size", low=1, high=1 << 24)
+    except ValueError as error:
+        raise TraceError(path, str(error)) from None
+
+
+_STEP = "ProfilerStep#"
 
 
 class _Host:
     """What the threads of the host did, from their nested events."""
 
-    def __init__(self, collector: _Collector) -> None:
-        self.steps: list[Interval] = []
+    def __init__(self, collector: Collector) -> None:
+        self.steps: dict[int, Interval] = {}
         self.busy: dict[str, list[Interval]] = {"compute": [], "communication": [], "copy": []}
         self.operators: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         kinds = [names.host_kind(*name) for name in collector.names]
@@ -177,8 +77,8 @@ class _Host:
                 self._add(node, kinds[node.name], *collector.names[node.name])
 
     def _add(self, node: Nested, kind: names.Kind, name: str, category: str) -> None:
-        if name.startswith(_STEP):
-            self.steps.append((node.begin, node.end))
+        if name.startswith(_STEP) and name[len(_STEP) :][:18].isdecimal():
+            self.steps[int(name[len(_STEP) :][:18])] = (node.begin, node.end)
         # The innermost event of a thread says what the thread does.
         if kind != "other":
             self.busy[kind].extend(node.own)
@@ -192,16 +92,18 @@ def _count(row: list[int], own: int, total: int) -> None:
     row[2] += total
 
 
-def _summary(collector: _Collector, rank: int) -> RankSummary:
+def _summary(collector: Collector, rank: int, world_size: int) -> RankSummary:
     host = _Host(collector)
     on_device = bool(collector.device)
-    window = _window(collector, host.steps)
+    steps = [host.steps[number] for number in sorted(host.steps)]
+    window = _window(collector, steps)
     busy = _device_busy(collector) if on_device else host.busy
     busy = {kind: clip(union(intervals), window) for kind, intervals in busy.items()}
     return RankSummary(
         rank=rank,
-        steps=len(host.steps),
-        step_s=median((e - b) / 1e9 for b, e in host.steps) if host.steps else None,
+        world_size=world_size,
+        iterations=tuple(sorted(host.steps)),
+        step_s=median((end - begin) / 1e9 for begin, end in steps) if steps else None,
         kinds=_kinds(busy, window),
         source="device" if on_device else "host",
         operators=_operators(host.operators, "host") + _kernels(collector),
@@ -211,7 +113,7 @@ def _summary(collector: _Collector, rank: int) -> RankSummary:
     )
 
 
-def _window(collector: _Collector, steps: list[Interval]) -> Interval:
+def _window(collector: Collector, steps: list[Interval]) -> Interval:
     if not steps:
         return collector.first, collector.last
     first, last = min(begin for begin, _ in steps), max(end for _, end in steps)
@@ -219,7 +121,7 @@ def _window(collector: _Collector, steps: list[Interval]) -> Interval:
     return first, max([last, *(max(table.end) for table in collector.device.values())])
 
 
-def _device_busy(collector: _Collector) -> dict[str, list[Interval]]:
+def _device_busy(collector: Collector) -> dict[str, list[Interval]]:
     busy: dict[str, list[Interval]] = {"compute": [], "communication": [], "copy": []}
     for table in collector.device.values():
         for begin, end, name in table.rows():
@@ -251,7 +153,7 @@ def _operators(sums: dict[str, list[int]], where: Literal["host", "device"]) -> 
     return tuple(sorted(rows, key=lambda row: (-row.self_s, row.name)))
 
 
-def _kernels(collector: _Collector) -> Operators:
+def _kernels(collector: Collector) -> Operators:
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for table in collector.device.values():
         for begin, end, index in table.rows():
@@ -259,7 +161,7 @@ def _kernels(collector: _Collector) -> Operators:
     return _operators(sums, "device")
 
 
-def _modules(collector: _Collector) -> tuple[ModuleTime, ...]:
+def _modules(collector: Collector) -> tuple[ModuleTime, ...]:
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for table in collector.modules.values():
         for node in nest(table.rows()):
@@ -269,11 +171,13 @@ def _modules(collector: _Collector) -> tuple[ModuleTime, ...]:
 
 
 def _comm_times(
-    collector: _Collector, compute: list[Interval], window: Interval
+    collector: Collector, compute: list[Interval], window: Interval
 ) -> tuple[CommTime, ...]:
     spans: dict[tuple[str, str], list[Interval]] = defaultdict(list)
     sizes: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-    for transfer, interval in collector.transfers:
+    # On a device the host's rows only ask for what the kernels do.
+    transfers = collector.transfers if collector.device else with_groups(collector)
+    for transfer, interval in transfers:
         key = transfer.group, transfer.op
         spans[key].append(interval)
         sizes[key].append(transfer.bytes)
