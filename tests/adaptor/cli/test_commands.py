@@ -134,9 +134,9 @@ def test_flags_as_json_hold_every_row(capsys):
 
 
 def test_a_renamed_flag_is_noted_on_one_line(capsys):
-    status, _, err = run(capsys, "plan", "--level", "0", "--", "--npu-deterministic")
+    status, _, err = run(capsys, "plan", "--level", "0", "--", "--multi-head-latent-attention")
     assert status == 0
-    assert (
-        err
-        == "mindspeed plan: --npu-deterministic is Megatron's --deterministic-mode; taken as that\n"
+    assert err == (
+        "mindspeed plan: --multi-head-latent-attention is Megatron's --multi-latent-attention;"
+        " taken as that\n"
     )

@@ -33,8 +33,11 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",
     "mindspeed.features.ops.swiglu",
+    "mindspeed.features.profile.determinism",
     "mindspeed.features.profile.flops",
+    "mindspeed.features.profile.native",
     "mindspeed.features.profile.steps",
+    "mindspeed.features.profile.trace",
 )
 
 

@@ -48,6 +48,9 @@ def _row(data: dict[str, Any]) -> FlagRow:
     feature, level, package = (data.pop(key) for key in ("feature", "level", "package"))
     for key in ("choices", "aliases"):
         data[key] = tuple(data.get(key, ()))
+    if isinstance(data.get("default"), list):
+        # argparse collects values into a list, so that a tuple tells the default from those.
+        data["default"] = tuple(data["default"])
     return FlagRow(Flag(**data), feature, level, package)
 
 
@@ -114,7 +117,8 @@ def add_flags(
     """Add this project's flags to Megatron's parser (or to any other).
 
     A flag of a built feature is added; one that Megatron has under another name becomes an alias;
-    a planned or dropped one becomes an error that says so. What the parser has already stays.
+    a planned or dropped one becomes an error that says so. What the parser has already stays, with
+    the default of the built feature that acts on it.
 
     Args:
         parser: changed in place.
@@ -134,6 +138,8 @@ def add_flags(
         names = [name for name in (flag.name, *flag.aliases) if name not in known]
         if names:
             _add(group, names, flag, known)
+        elif flag.status == "kept" and isinstance(flag.default, tuple):
+            known[flag.name].default = flag.default
     _explain_unknown(parser)
     return parser
 

@@ -37,14 +37,12 @@ class Table:
     defaults: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        own = {flag.attribute: flag.default for flag in self._all_flags()}
-        object.__setattr__(self, "defaults", {**own, **self.native})
+        known = {flag.attribute: flag.default for flag in self.flags}
+        # A feature that acts on a flag of Megatron's has a default of its own for it.
+        acting = {f.attribute: f.default for feature in self.features for f in feature.flags}
+        object.__setattr__(self, "defaults", {**known, **self.native, **acting})
         if faults := [*self._doubles(), *self._undeclared()]:
             raise TableError("feature table:\n" + "\n".join(f"  {fault}" for fault in faults))
-
-    def _all_flags(self) -> Iterator[Flag]:
-        yield from (flag for feature in self.features for flag in feature.flags)
-        yield from self.flags
 
     def _doubles(self) -> Iterator[str]:
         names: set[str] = set()

@@ -62,7 +62,7 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
     plan = replace(plan, config=with_vocabulary(plan.config, tokenizer), text=corpus.key)
     check_text(plan, options.given)
     check(plan.config, options.nproc)
-    _check_plans(plan.config, levels)
+    _check_plans(plan.config, levels, options.nproc)
     return plan, levels
 
 
@@ -85,14 +85,17 @@ def _levels(options: Options) -> list[int]:
     return usable
 
 
-def _check_plans(config: TrainConfig, levels: Sequence[int]) -> None:
+def _check_plans(config: TrainConfig, levels: Sequence[int], nproc: int) -> None:
     """The rules of every feature, before any process starts."""
     import mindspeed
+    from mindspeed.features.profile import trace
 
     for level in levels:
+        values = config_for(config, level, levels).plan_values()
         try:
-            mindspeed.plan(config_for(config, level, levels).plan_values(), level)
-        except mindspeed.PlanError as error:
+            mindspeed.plan(values, level)
+            trace.check(values, nproc)
+        except ValueError as error:
             raise ConfigError(str(error)) from error
 
 

@@ -36,12 +36,24 @@ def levels_with_features() -> list[int]:
 def config_for(config: TrainConfig, level: int, levels: Sequence[int]) -> TrainConfig:
     """The configuration of one of the levels that train.
 
-    Level 0 as the base line of a comparison goes without the flags of features; alone it keeps
-    them, so that they are refused.
+    Level 0 as the base line of a comparison goes without the flags of higher levels' features;
+    alone it keeps them, so that they are refused. Levels side by side profile into folders of
+    their own.
     """
-    if level == 0 and len(levels) > 1:
-        config = config.replace(feature_flags=())
+    if len(levels) > 1:
+        from mindspeed.features.profile.trace import for_level
+
+        flags = dict(config.feature_flags)
+        if level == 0:
+            flags = {name: flags[name] for name in flags.keys() & _flags_of_level_0()}
+        config = config.replace(feature_flags=tuple(sorted(for_level(flags, level).items())))
     return config.replace(optimization_level=level)
+
+
+def _flags_of_level_0() -> set[str]:
+    from mindspeed.features import load_features
+
+    return {f.attribute for feature in load_features() if not feature.level for f in feature.flags}
 
 
 def activate_level(config: TrainConfig) -> Any:

@@ -35,6 +35,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=config.precision.bf16,
         fp16=config.precision.fp16,
+        deterministic_mode=bool(config.plan_values().get("npu_deterministic")),
         **_shape_options(config),
         **_parallel_options(config),
         **_expert_options(config),

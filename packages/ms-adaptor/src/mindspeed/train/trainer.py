@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed.features.profile import determinism
 from mindspeed.features.profile.steps import StepHooks
 from mindspeed.train import checkpoint, parallel
 from mindspeed.train.batches import MicroBatches, SampleSource, SyntheticSamples
@@ -77,7 +78,8 @@ class Trainer:
 
     Raises:
         ConfigError: the configuration does not fit the number of ranks.
-        RuntimeError: another trainer is open in this process.
+        RuntimeError: another trainer is open in this process, or a deterministic run is asked for
+            when process groups exist already.
     """
 
     _current: ClassVar[Trainer | None] = None
@@ -92,12 +94,16 @@ class Trainer:
             # Refused before anything shared is touched: groups and patches belong to the other.
             raise RuntimeError("a Trainer is open in this process: close the other Trainer first")
         Trainer._current = self
-        self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
-        self.world_size = dist.get_world_size()
+        self._scope = ExitStack()
+        self._owns_world = False
         self._handle: Any = None
         self._hooks = StepHooks(())
         self._open = False
         try:
+            # Before groups are made: the libraries below them read their settings then.
+            self._scope.enter_context(determinism.scope(config.plan_values()))
+            self._owns_world = parallel.ensure_process_group(config.distributed_timeout)
+            self.world_size = dist.get_world_size()
             check(config, self.world_size)
             self.config = config
             self._handle = activate_level(config)
@@ -371,6 +377,7 @@ class Trainer:
         if self._owns_world and dist.is_initialized():
             self._owns_world = False
             dist.destroy_process_group()
+        self._scope.close()
 
     def __enter__(self) -> Trainer:
         return self

@@ -83,6 +83,15 @@ def _is_for_users(error: BaseException) -> bool:
 
 
 def _serve(job: RankJob, connection: Connection) -> None:
+    from mindspeed.features.profile import determinism
+
+    config = TrainConfig.from_flat(job.flat)
+    # Around the process group, whose library reads its settings when it is made.
+    with determinism.scope(config.plan_values()):
+        _join(job, config, connection)
+
+
+def _join(job: RankJob, config: TrainConfig, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
@@ -91,7 +100,6 @@ def _serve(job: RankJob, connection: Connection) -> None:
     from mindspeed.train.trainer import Trainer
 
     torch.set_num_threads(job.threads)
-    config = TrainConfig.from_flat(job.flat)
     descriptor = device.install()
     if descriptor.type != "cpu":
         torch.accelerator.set_device_index(job.rank % torch.accelerator.device_count())
