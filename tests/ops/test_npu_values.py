@@ -18,12 +18,8 @@ def _emulated():
 
 
 def served(op, dtype):
-    """The samples of an operator that its NPU backend takes."""
-    definition = ms_ops.opdef.OPERATORS[op].definition
     for sample in testing.OPERATORS[op].samples(dtype, "cpu"):
-        facts = definition.facts(*definition.prepare(*sample.args, **sample.kwargs))
-        answers = {v.backend: v.reason for v in registry.verdicts(op, facts)}
-        if answers["npu"] is None:
+        if testing.declines(op, sample, "npu") is None:
             yield sample
 
 

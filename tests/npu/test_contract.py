@@ -1,0 +1,32 @@
+"""The NPU backends against the torch_npu wheel: its schemas, its shape functions, no hardware."""
+
+import pytest
+import torch
+
+from ms_ops import registry, testing
+from ms_ops.testing.npu import recorded_schemas
+from support import npu_contract, npu_stubs
+
+OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_npu(tmp_path_factory):
+    npu_stubs.import_torch_npu(tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.mark.parametrize("name", recorded_schemas())
+def test_schema_is_the_recorded_one(name):
+    base, _, overload = name.partition(".")
+    assert str(torch._C._get_schema(base, overload)) == recorded_schemas()[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype):
+    def check():
+        called = npu_contract.run_samples(op, dtype)
+        assert called, "no operator of torch_npu was called"
+
+    failure = npu_contract.in_child(check)
+    assert not failure, failure
