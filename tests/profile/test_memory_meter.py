@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from ms_profile.memory import MemoryMeter
@@ -205,11 +207,68 @@ def test_storage_resized_behind_torchs_back():
 
     no_sweep = Mutation(
         "sizes are not looked at",
-        "ms_profile.memory.meter:MemoryMeter._add",
-        "census.sweep()",
+        "ms_profile.memory.watch:PeakWatch.expects",
+        "self.sweep()",
         "pass",
     )
     assert_caught(no_sweep, check)
+
+
+@pytest.mark.parametrize(
+    ("resizes", "peak", "exact"), [(True, 6000, True), (False, 6400, False), (None, 6400, False)]
+)
+def test_a_late_look_at_sizes_makes_the_peak_an_upper_bound(resizes, peak, exact, monkeypatch):
+    """With few storages each new peak looks; with many only some do, until one was found out."""
+    monkeypatch.setattr("ms_profile.memory.watch._FEW", 1)
+    monkeypatch.setattr("ms_profile.memory.watch._RARELY", 1)
+    with MemoryMeter(resizes=resizes) as meter:
+        kept = [torch.zeros(100) for _ in range(15)]
+        kept[0].untyped_storage().resize_(0)
+        kept.append(torch.zeros(100))
+        assert meter.live == 6000
+        found = meter.peak
+        assert (found.nbytes, found.exact) == (peak, exact)
+        assert found.snapshot.nbytes == found.nbytes
+        if resizes is None:  # from now on it looks every time
+            kept[1].untyped_storage().resize_(0)
+            kept += [torch.zeros(100) for _ in range(3)]
+            assert (meter.peak.nbytes, meter.peak.exact) == (6800, True)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("make"), st.integers(0, 50), st.just(0)),
+        st.tuples(st.just("drop"), st.integers(0, 9), st.just(0)),
+        st.tuples(st.just("resize"), st.integers(0, 9), st.floats(0, 1)),
+    ),
+    max_size=30,
+)
+
+
+@given(STEPS)
+def test_any_order_of_births_deaths_and_sizes(steps):
+    """Peak, its holdings and the live bytes equal a plain recount."""
+    tensors, full, best, alive_then = [], [], 0, []
+    with MemoryMeter() as meter:
+        for what, number, share in steps:
+            if what == "make":
+                tensors.append(torch.empty(number))
+                full.append(4 * number)
+                sizes = [each.untyped_storage().nbytes() for each in tensors]
+                if sum(sizes) > best:
+                    best, alive_then = sum(sizes), sizes
+            elif what == "drop" and tensors:
+                del tensors[number % len(tensors)], full[number % len(full)]
+            elif tensors:
+                place = number % len(tensors)
+                tensors[place].untyped_storage().resize_(int(share * full[place]))
+        live = sum(each.untyped_storage().nbytes() for each in tensors)
+        assert meter.live == live
+        peak = meter.peak
+    assert (peak.nbytes, peak.exact) == (best, True)
+    assert sorted(each.nbytes for each in peak.snapshot.holdings) == sorted(alive_then)
+    tensors.clear()
+    assert sorted(each.nbytes for each in meter.peak.snapshot.holdings) == sorted(alive_then)
 
 
 def test_operators_that_resize_or_replace_a_storage():

@@ -65,12 +65,14 @@ class StorageCensus:
     Attributes:
         nbytes: sum over the living storages.
         held: the living storages by their `id`.
-        before_loss: called before bytes are taken off the books.
+        resized_unseen: how many changes of size `sweep` and `poll` found.
+        before_change: called with a storage that is about to die or to change its size.
     """
 
-    def __init__(self, before_loss: Callable[[], None]) -> None:
+    def __init__(self, before_change: Callable[[Held], None]) -> None:
         self.nbytes = 0
-        self.before_loss = before_loss
+        self.resized_unseen = 0
+        self.before_change = before_change
         self.held: dict[int, Held] = {}
         self._restless: dict[int, Held] = {}
 
@@ -94,12 +96,13 @@ class StorageCensus:
         held.nbytes = storage.nbytes()
         self.held[held.key] = held
         self.nbytes += held.nbytes
+        if held.nbytes == 0:
+            self._restless[held.key] = held  # it may be filled later, as sharded weights are
         return held
 
     def resized(self, held: Held, nbytes: int) -> None:
         """Takes note of a storage's new size."""
-        if nbytes < held.nbytes:
-            self.before_loss()
+        self.before_change(held)
         self.nbytes += nbytes - held.nbytes
         held.nbytes = nbytes
 
@@ -131,11 +134,12 @@ class StorageCensus:
             self._died(held)
         elif (nbytes := storage.nbytes()) != held.nbytes:
             self.resized(held, nbytes)
+            self.resized_unseen += 1
             self._restless[held.key] = held
 
     def _died(self, held: Any) -> None:
         if held.key in self.held:
-            self.before_loss()
+            self.before_change(held)
             del self.held[held.key]
             self.nbytes -= held.nbytes
             self._restless.pop(held.key, None)

@@ -58,8 +58,9 @@ def _among(storage: torch.UntypedStorage, args: Sequence[Any], kwargs: Mapping[s
     """Whether the operator got the storage, by itself or in a tensor."""
     for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, Tensor):
-            if any(each is storage for each in storages(arg)):
-                return True
+            for each in storages(arg):
+                if each is storage:
+                    return True
         elif isinstance(arg, (list, tuple)):
             if _among(storage, tuple(tensors_of(arg)), {}):
                 return True

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from ms_profile import tap
-from ms_profile.memory.census import Held, Kind, StorageCensus, storages, tensors_of
+from ms_profile.memory.census import Held, Kind, storages, tensors_of
 from ms_profile.memory.kept import KeptForBackward
 from ms_profile.memory.made import Made, made_by
 from ms_profile.memory.owners import Owners
 from ms_profile.memory.records import Holding, Mark, Peak, Snapshot, Timeline
+from ms_profile.memory.watch import Moment, PeakWatch
 
 __all__ = ["MemoryMeter"]
 
@@ -46,8 +47,10 @@ class MemoryMeter(tap.Meter):
             anything with `param_groups` and `state`.
         exclude: modules and tensors that shall not count, whenever they are made.
         device: count only what is on devices of this type ("cuda", "npu", "cpu"); None: on all.
-        resizes: look for sizes changed by `UntypedStorage.resize_` whenever a new peak is near.
-            Without, such a change is seen at the next mark, and the peak may come out too high.
+        resizes: look through all storages for sizes changed by `UntypedStorage.resize_` at every
+            new peak (True), only at marks (False), or at every new peak as long as there are few
+            storages or such a change was seen, else at some (None). A change that is seen late
+            leaves the peak an upper bound, and `peak.exact` false.
         points: most points of the timeline.
 
     Raises:
@@ -61,7 +64,7 @@ class MemoryMeter(tap.Meter):
         *given: Any,
         exclude: nn.Module | Tensor | Sequence[nn.Module | Tensor] = (),
         device: str | None = None,
-        resizes: bool = True,
+        resizes: bool | None = None,
         points: int = 1 << 16,
     ) -> None:
         excluded = (exclude,) if isinstance(exclude, nn.Module | Tensor) else tuple(exclude)
@@ -72,15 +75,13 @@ class MemoryMeter(tap.Meter):
         self._reset()
 
     def _reset(self) -> None:
-        self._census = StorageCensus(self._keep_peak)
+        self._peak = PeakWatch(self._resizes)
+        self._census = self._peak.census
         self._timeline = Timeline(self._points)
         self._start = time.perf_counter()
         self._index = 0
         self._last_live = -1
         self._phase = ""
-        self._peak = 0
-        self._peak_at: tuple[int, float, Any, str, str] = (-1, 0.0, "", "", "")
-        self._peak_holdings: list[tuple[Held, int]] | None = None
         self._highest: dict[str, int] = {}
         self._made: Counter[str] = Counter()
         self._seed: Held | None = None
@@ -93,7 +94,7 @@ class MemoryMeter(tap.Meter):
     @property
     def live(self) -> int:
         """Bytes of the followed storages that are alive now."""
-        self._census.sweep()
+        self._peak.sweep()
         return self._census.nbytes
 
     @property
@@ -121,11 +122,7 @@ class MemoryMeter(tap.Meter):
     def peak(self) -> Peak:
         """The moment with the most live bytes."""
         self._identify()
-        index, seconds, op, module, phase = self._peak_at
-        pairs = self._peak_holdings
-        if pairs is None:
-            pairs = [(held, held.nbytes) for held in self._census]
-        return Peak(self._peak, index, seconds, str(op), module, phase, Snapshot.of(pairs))
+        return self._peak.record()
 
     @property
     def marks(self) -> tuple[Mark, ...]:
@@ -226,8 +223,8 @@ class MemoryMeter(tap.Meter):
         self._reset()
         for tensor, kind in self._owners.given():
             self._follow(tensor, kind)
-        self._peak = self._last_live = self._census.nbytes
-        self._timeline.add(-1, 0.0, self._peak)
+        self._peak.nbytes = self._last_live = self._census.nbytes
+        self._timeline.add(-1, 0.0, self._last_live)
 
     def closed(self) -> None:
         """Stops following; what was measured stays readable."""
@@ -257,9 +254,10 @@ class MemoryMeter(tap.Meter):
 
     def _add(self, made: Sequence[Made], func: OpOverload, phase: str) -> None:
         census = self._census
-        nbytes = sum(storage.nbytes() for _, storage in made)
-        if self._resizes and census.nbytes + nbytes > self._peak:
-            census.sweep()
+        nbytes = 0
+        for _, storage in made:
+            nbytes += storage.nbytes()
+        certain = self._peak.expects(nbytes)
         module = tap.module()
         kind: Kind = "activation" if phase in ("forward", "recompute") else "other"
         index = self._index
@@ -269,10 +267,9 @@ class MemoryMeter(tap.Meter):
             if func is _SEED:
                 self._seed = held
         live = census.nbytes
-        if live > self._peak:
-            self._peak = live
-            self._peak_at = (index, time.perf_counter() - self._start, func, module, phase)
-            self._peak_holdings = None
+        if live > self._peak.nbytes:
+            seconds = time.perf_counter() - self._start
+            self._peak.rises(Moment(index, seconds, func, module, phase), certain)
         self._made[module] += nbytes
         if live > self._highest.get(module, 0):
             self._highest[module] = live
@@ -284,18 +281,13 @@ class MemoryMeter(tap.Meter):
                 if self._census.find(storage) is None:
                     self._census.add(storage, kind, birth)
 
-    def _keep_peak(self) -> None:
-        # Called before anything leaves: until then the books show the state at the peak.
-        if self._peak_holdings is None:
-            self._peak_holdings = [(held, held.nbytes) for held in self._census]
-
     def _phase_changes(self, phase: str) -> None:
         before, self._phase = self._phase, phase
         outside = phase in ("forward", "other")
         if before == "forward" and not outside:
             if self._seed is not None:
                 self._seed.kind = "other"
-            self._census.sweep()
+            self._peak.sweep()
             self._kept.judge(self._census)
         # Gradients are in place after backward, an optimizer's states after its first step.
         if not outside:
@@ -306,7 +298,7 @@ class MemoryMeter(tap.Meter):
 
     def _identify(self) -> None:
         """Brings sizes up to date and names what has turned out to be a gradient or a state."""
-        self._census.sweep()
+        self._peak.sweep()
         for tensor, kind in (*self._owners.given(), *self._owners.gradients()):
             for storage in storages(tensor):
                 held = self._census.find(storage)

@@ -106,6 +106,8 @@ class Peak:
         module: dotted path of its module.
         phase: see `ms_profile.tap.phase`.
         snapshot: what was alive.
+        exact: false if `nbytes` is only an upper bound, as some storage was emptied by Python code
+            shortly before or after; see `resizes` of `MemoryMeter`.
     """
 
     nbytes: int
@@ -115,6 +117,7 @@ class Peak:
     module: str
     phase: str
     snapshot: Snapshot
+    exact: bool
 
 
 class Timeline:
