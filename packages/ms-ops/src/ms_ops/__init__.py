@@ -7,6 +7,7 @@ from typing import Any
 from .activation import swiglu
 from .attention import attention, attention_backward, causal_mask
 from .flops import register_flop_formulas
+from .matmul import grouped_matmul, grouped_matmul_add_, matmul_add_
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
 from .registry import (
@@ -59,6 +60,9 @@ __all__ = [
     "backend",
     "causal_mask",
     "explain",
+    "grouped_matmul",
+    "grouped_matmul_add_",
+    "matmul_add_",
     "operators",
     "register_backend",
     "register_flop_formulas",

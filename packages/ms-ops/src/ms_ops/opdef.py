@@ -8,6 +8,7 @@ into what the backend runs, so that the compiler fuses it with its neighbours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from .flops import state_flops
 from .registry import Facts
 
 NAMESPACE = "ms"
+
+# Arguments that a schema marks as written into: `Tensor(a!) acc`.
+_WRITTEN = re.compile(r"Tensor\(\w+!\) (\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,8 @@ def _custom_op(
 ) -> Any:
     arguments, returns = schema.split(" -> ")
     full = f"{arguments[:-1]}, str backend) -> {returns}"
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=full)
+    written = _WRITTEN.findall(arguments)
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=written, schema=full)
     op.register_fake(lambda *args: fake(*args[:-1]))
     if opaque:
         return op

@@ -9,6 +9,7 @@ from ..case import OpTest
 FAMILIES = (
     "activation",
     "attention",
+    "matmul",
     "norm",
     "rope",
 )

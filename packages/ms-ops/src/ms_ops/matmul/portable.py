@@ -1,0 +1,134 @@
+"""Matrix products of groups and into accumulators on torch's own kernels.
+
+With the ends of the groups on the host, groups of one size are one batched product. Otherwise
+torch's grouped product runs where it can (torch 2.9 on a CPU; CUDA), and one product a group where
+it cannot. On CUDA the grouped product takes the ends from the device; the other ways read them,
+which waits for the device. `grouped_matmul_add_` always reads them: torch has no grouped product
+that adds to fp32 what it computed from 16-bit inputs.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..device import LOW_PRECISION
+from ..registry import Backend, Kernel
+
+_grouped_mm = getattr(torch, "_grouped_mm", None)
+# The first torch whose CPU build can run it; earlier ones have it for CUDA only.
+_ON_CPU = torch.__version__ >= torch.torch_version.TorchVersion("2.9")
+_ALIGNMENT = 16
+_wide_product = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
+    """Add dy^T x to acc in acc's precision."""
+    if acc.dtype == x.dtype:
+        acc.addmm_(dy.t(), x)
+    elif acc.device.type == "cuda" and _wide_product:
+        torch.addmm(acc, dy.t(), x, out_dtype=acc.dtype, out=acc)
+    else:
+        acc.addmm_(dy.t().to(acc.dtype), x.to(acc.dtype))
+
+
+def grouped_add(acc: Tensor, x: Tensor, dy: Tensor, offsets: Tensor) -> None:
+    """Add x^T dy of each group of rows to acc[e]; empty groups cost nothing."""
+    for group, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        if end > start:
+            add(acc[group], dy[start:end], x[start:end])
+
+
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """Return x_e W_e + bias_e for each group of rows."""
+    matrices = weight.transpose(1, 2) if transposed else weight
+    y = _multiply(x, matrices, offsets)
+    if bias is None or not y.numel():
+        return y
+    rows = bias.repeat_interleave(_sizes(offsets).to(bias.device), 0, output_size=y.shape[0])
+    return y.add_(rows) if bias.dtype == y.dtype else (y + rows).to(y.dtype)
+
+
+def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Return the gradient of the weights; zero for an empty group."""
+    first, last = (dy, x) if transposed else (x, dy)
+    groups, rows = offsets.shape[0], x.shape[0]
+    if _batched(offsets, rows):
+        batch = (groups, rows // groups, -1)
+        return torch.bmm(first.reshape(batch).transpose(1, 2), last.reshape(batch))
+    dweight = x.new_empty((groups, first.shape[1], last.shape[1]))
+    if _grouped(first, last) and x.device.type == "cpu":
+        return _call(first.contiguous().t(), last.contiguous(), offsets)
+    for group, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        if end > start:
+            torch.mm(first[start:end].t(), last[start:end], out=dweight[group])
+        else:
+            dweight[group].zero_()
+    return dweight
+
+
+def _multiply(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    groups, rows = matrices.shape[0], x.shape[0]
+    if _batched(offsets, rows):
+        batch = x.reshape(groups, rows // groups, -1)
+        return torch.bmm(batch, matrices).view(rows, -1)
+    if rows and _grouped(x, matrices):
+        return _call(x.contiguous(), _aligned(matrices), offsets)
+    y = x.new_empty((rows, matrices.shape[2]))
+    for matrix, (start, end) in zip(matrices, pairwise([0, *offsets.tolist()]), strict=True):
+        if end > start:
+            torch.mm(x[start:end], matrix, out=y[start:end])
+    return y
+
+
+def _batched(offsets: Tensor, rows: int) -> bool:
+    """Whether all groups have one size, as far as that is known on the host."""
+    groups = offsets.shape[0]
+    if offsets.device.type != "cpu" or not groups or not rows or rows % groups:
+        return False
+    size = rows // groups
+    return bool(offsets.tolist() == list(range(size, rows + 1, size)))
+
+
+def _grouped(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped product takes rows of these widths, dtype and device."""
+    if _grouped_mm is None or not a.shape[-1] or not b.numel():
+        return False
+    kind = a.device.type
+    if kind == "cuda":
+        served = a.dtype is torch.bfloat16 and torch.cuda.get_device_capability(a.device)[0] >= 8
+    else:
+        served = kind == "cpu" and _ON_CPU and a.dtype in (*LOW_PRECISION, torch.float32)
+    widths = (a.shape[-1], b.shape[-1], b.shape[-2])
+    return served and all(w * a.element_size() % _ALIGNMENT == 0 for w in widths)
+
+
+def _aligned(matrices: Tensor) -> Tensor:
+    """Return the matrices row-major or column-major, as the grouped product takes them."""
+    plain = matrices.is_contiguous() or matrices.transpose(1, 2).is_contiguous()
+    return matrices if plain else matrices.contiguous()
+
+
+def _call(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets.to(a.device, torch.int32, non_blocking=True)
+    y: Tensor = _grouped_mm(a, b, offs=ends)  # type: ignore[misc]
+    return y
+
+
+def _sizes(offsets: Tensor) -> Tensor:
+    return torch.diff(offsets, prepend=offsets.new_zeros(1))
+
+
+BACKEND = Backend(
+    "portable",
+    90,
+    {
+        "matmul_add_": Kernel(add),
+        "grouped_matmul_add_": Kernel(grouped_add),
+        "grouped_matmul": Kernel(forward, backward),
+    },
+)

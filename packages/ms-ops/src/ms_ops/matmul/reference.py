@@ -1,0 +1,69 @@
+"""Matrix products of groups and into accumulators in plain torch: the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..device import compute_dtype
+from ..registry import Backend, Kernel
+
+
+def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
+    """Add dy^T x to acc."""
+    acc += dy.to(acc.dtype).t() @ x.to(acc.dtype)
+
+
+def grouped_add(acc: Tensor, x: Tensor, dy: Tensor, offsets: Tensor) -> None:
+    """Add x^T dy of each group of rows to acc[e]."""
+    for group, (rows, grads) in enumerate(zip(parts(x, offsets), parts(dy, offsets), strict=True)):
+        acc[group] += rows.to(acc.dtype).t() @ grads.to(acc.dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """Return x_e W_e + bias_e for each group of rows, summed in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    matrices = weight.transpose(1, 2) if transposed else weight
+    blocks = [
+        rows.to(dtype) @ matrix.to(dtype)
+        for rows, matrix in zip(parts(x, offsets), matrices, strict=True)
+    ]
+    if bias is not None:
+        blocks = [block + row.to(dtype) for block, row in zip(blocks, bias, strict=True)]
+    empty = x.new_zeros((0, matrices.shape[2]), dtype=dtype)
+    return torch.cat([empty, *blocks]).to(x.dtype)
+
+
+def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Return the gradient of the weights; zero for an empty group."""
+    dtype = compute_dtype(x.dtype)
+    first, last = (dy, x) if transposed else (x, dy)
+    products = [
+        a.to(dtype).t() @ b.to(dtype)
+        for a, b in zip(parts(first, offsets), parts(last, offsets), strict=True)
+    ]
+    shape = (0, first.shape[1], last.shape[1])
+    return torch.cat([x.new_zeros(shape, dtype=dtype), *(p[None] for p in products)]).to(x.dtype)
+
+
+def parts(rows: Tensor, offsets: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of each group."""
+    start = 0
+    for end in offsets.tolist():
+        yield rows[start:end]
+        start = end
+
+
+BACKEND = Backend(
+    "reference",
+    100,
+    {
+        "matmul_add_": Kernel(add),
+        "grouped_matmul_add_": Kernel(grouped_add),
+        "grouped_matmul": Kernel(forward, backward),
+    },
+)
