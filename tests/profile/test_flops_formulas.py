@@ -203,6 +203,7 @@ def test_every_aten_operator_is_placed():
     assert has_no_product("aten::add")
     assert has_no_product("c10d::allreduce_")
     assert not has_no_product("mylib::add")
+    assert not has_no_product("npu::npu_chunk_gated_delta_rule")
     # A name that torch drops or renames would leave a rule without effect.
     assert {n for n in _BUILT_IN if n.startswith("aten::")} - names <= {
         "aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2",
@@ -344,6 +345,14 @@ NPU = {
         lambda op: op(torch.empty(6, 4), torch.empty(4, 10), torch.empty(5, 4), "swiglu"),
         2 * 6 * 4 * 10 + 2 * 6 * 5 * 4,
     ),
+    "npu_linear_backward(Tensor grad, Tensor input, Tensor weight) -> Tensor": (
+        lambda op: op(torch.empty(6, 5), torch.empty(6, 4), torch.empty(5, 4)),
+        2 * (2 * 6 * 4 * 5),
+    ),
+    "npu_gemma_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> Tensor": (
+        lambda op: op(torch.empty(6, 4), torch.empty(4)),
+        0,
+    ),
     "npu_swiglu(Tensor input, int dim=-1) -> Tensor": (lambda op: op(torch.empty(6, 4)), 0),
 }  # fmt: skip
 
@@ -369,3 +378,18 @@ def test_peaks():
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.int64) is None
     assert peak_flops("cpu") is None
     assert peak_flops(torch.device("cpu"), torch.float32) is None
+
+
+def test_higher_order_operators_are_one_operator(library):
+    """A meter neither breaks them nor passes over them in silence; what they run is not heard."""
+
+    def branch(x):
+        return (x @ x,)
+
+    def run():
+        return torch.ops.higher_order.cond(True, branch, branch, (torch.ones(4, 4),))
+
+    with pytest.raises(UnknownOperator, match="higher_order::cond may multiply"):
+        counted(run)
+    register_flops("higher_order::cond", lambda *args, out_val: 2 * out_val[0].numel() * 4)
+    assert counted(run).forward == 2 * 4**3

@@ -71,7 +71,9 @@ def module() -> str:
 class Meter:
     """Context manager that hears every operator that torch dispatches.
 
-    Subclasses override `before` and `after`, and `opened` and `closed` for their own state.
+    Subclasses override `before` and `after`, and `opened` and `closed` for their own state. Higher-
+    order operators (flex_attention, cond) reach `after` of those with `hears_higher_order`; what
+    they run inside is not heard.
 
     Attributes:
         tolerant: what `before` and `after` raise reaches the caller of the operator, unless this is
@@ -84,6 +86,7 @@ class Meter:
     """
 
     watches_modules: ClassVar[bool] = False
+    hears_higher_order: ClassVar[bool] = False
     tolerant: bool = False
     failure: Exception | None = None
 
@@ -151,11 +154,14 @@ class Meter:
 class _Tap(TorchDispatchMode):
     """The mode; `meters` in the order in which they were entered."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.meters: tuple[Meter, ...] = ()
         self._before: tuple[Callable[..., None], ...] = ()
         self._after: tuple[Callable[..., Any], ...] = ()
+        self._after_higher_order: tuple[Callable[..., Any], ...] = ()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -174,6 +180,8 @@ class _Tap(TorchDispatchMode):
         well = tuple(m for m in meters if m.failure is None)
         self._before = self._callbacks(well, "before")
         self._after = self._callbacks(well[::-1], "after")
+        higher = tuple(m for m in well[::-1] if m.hears_higher_order)
+        self._after_higher_order = self._callbacks(higher, "after")
 
     def _callbacks(self, meters: tuple[Meter, ...], name: str) -> tuple[Callable[..., Any], ...]:
         """The methods of that name; one that a meter does not override is not called at all."""
@@ -207,6 +215,8 @@ class _Tap(TorchDispatchMode):
         if types and any(hasattr(each, "__tensor_flatten__") for each in types):
             return NotImplemented
         kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            return self._higher_order(func, args, kwargs)
         if _is_composite(func):
             # Seen in inference mode only: elsewhere autograd has taken it apart before.
             with self:
@@ -215,6 +225,12 @@ class _Tap(TorchDispatchMode):
             before(func, args, kwargs)
         out = func(*args, **kwargs)
         for after in self._after:
+            out = after(func, args, kwargs, out)
+        return out
+
+    def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        for after in self._after_higher_order:
             out = after(func, args, kwargs, out)
         return out
 

@@ -23,7 +23,7 @@ KNOWN_NAMESPACES = frozenset({"aten", "prims", "npu", "atb", "torchvision", "tor
 # What names of matrix products contain.
 LOOKS_LIKE_PRODUCT = re.compile(
     r"mm|matmul|attention|conv|linear|gemm|einsum|mv|dot|outer|ger$|addr|inner|kron|"
-    r"lstm|gru|rnn|cdist|ffn|mla|flash|multi_head"
+    r"lstm|gru|rnn|cdist|ffn|mla|flash|multi_head|delta_rule|indexer|nsa_|mhc_|rotate_quant"
 )
 
 # They look like one and do none (or none that matters: a comparison, a layout, a cell's pointwise
@@ -51,7 +51,12 @@ NO_PRODUCT = frozenset(
         "aten::__upsample_bilinear", "aten::_upsample_bilinear2d_aa",
         "aten::_upsample_bilinear2d_aa_backward", "aten::mkldnn_reorder_conv2d_weight",
         "aten::mkldnn_reorder_conv3d_weight", "aten::_nested_get_jagged_dummy",
-        "npu::npu_ring_attention_update", "npu::npu_convert_weight_to_int4pack",
+        "npu::npu_gemma_rms_norm", "npu::npu_ring_attention_update", "npu::npu_attention_update",
+        "npu::npu_dynamic_quant_asymmetric", "npu::npu_mhc_sinkhorn",
+        "npu::npu_mhc_sinkhorn_backward", "npu::_npu_fusion_attention_v3_get_max_workspace",
+        "npu::_npu_fusion_attention_v3_infer_output",
+        "npu::_npu_fusion_attention_grad_v3_get_max_workspace",
+        "npu::_npu_fusion_attention_grad_v3_infer_output",
         "prims::convert_element_type", "prims::conj_physical", "prims::digamma", "prims::lgamma",
         "prims::igamma", "prims::igammac",
     }

@@ -89,8 +89,8 @@ def convolution_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    transposed: bool,
     output_mask: Sequence[bool],
+    transposed: bool = False,
     **_: Any,
 ) -> int:
     """As much as forward for the input's gradient, and once more for the weight's."""

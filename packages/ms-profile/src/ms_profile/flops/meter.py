@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch._ops import OpOverload
@@ -86,6 +86,8 @@ class FlopMeter(Meter):
         UnknownOperator: inside the context, see `unknown`.
     """
 
+    hears_higher_order: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -149,7 +151,7 @@ class FlopMeter(Meter):
             return out
         number = counter(args, kwargs, out)
         path = module() if self._follow else ""
-        place = _Place(phase(), path, func._schema.name, _dtype(args))
+        place = _Place(phase(), path, registry.name_of(func), _dtype(args))
         if isinstance(number, Pending):
             self._pending.append((place, number))
         elif number:
@@ -165,7 +167,7 @@ class FlopMeter(Meter):
             import warnings
 
             warnings.warn(f"not counted: {error}", stacklevel=2)
-            self._uncounted.append(func._schema.name)
+            self._uncounted.append(registry.name_of(func))
             return None
 
     @property

@@ -25,7 +25,7 @@ from .attention import (
     forward_flops,
     packed,
 )
-from .matmul import product
+from .matmul import convolution, convolution_backward, linear, product
 
 # Layout letters to the positions of batch, heads and sequence; H alone is heads times channels.
 _LAYOUTS = {"BSND": (0, 2, 1), "BNSD": (0, 1, 2), "BSH": (0, None, 1), "SBH": (1, None, 0)}
@@ -176,6 +176,12 @@ def gathered_matmul(input: Tensor, x2: Tensor, world_size: int, **_: Any) -> int
     return product(input, x2) * world_size
 
 
+def linear_backward(grad: Tensor, input: Tensor, weight: Tensor, **_: Any) -> int:
+    """`npu_linear_backward`: the gradients of both operands."""
+    del grad
+    return 2 * linear(input, weight)
+
+
 def matmul_scattered(input: Tensor, x2: Tensor, **_: Any) -> int:
     """`npu_mm_reduce_scatter_base`: this rank's product before the sum."""
     return product(input, x2)
@@ -225,13 +231,24 @@ FORMULAS: dict[str, Callable[..., int | Pending]] = {
     "npu::npu_fusion_attention_grad_v2": _backward,
     "npu::npu_fusion_attention_grad_v3": _backward,
     "npu::npu_grouped_matmul": grouped_matmul,
+    "npu::npu_grouped_matmul_add": grouped_add,
     "npu::npu_grouped_matmul_add_": grouped_add,
     "npu::npu_mm_all_reduce_base": matmul_reduced,
     "npu::npu_quant_matmul": matmul_reduced,
     "npu::npu_all_gather_base_mm": gathered_matmul,
+    "npu::npu_all_gather_quant_mm": gathered_matmul,
     "npu::npu_mm_reduce_scatter_base": matmul_scattered,
+    "npu::npu_quant_mm_reduce_scatter": matmul_scattered,
     "npu::npu_alltoallv_gmm": exchanged_grouped,
     "npu::npu_gmm_alltoallv": grouped_exchanged,
     "npu::npu_ffn": feed_forward,
+    "npu::npu_linear": lambda input, weight, **_: linear(input, weight),
+    "npu::npu_linear_backward": linear_backward,
+    "npu::npu_bmmV2": lambda input, mat2, **_: product(input, mat2),
+    "npu::npu_fused_matmul": matmul_reduced,
+    "npu::npu_conv2d": convolution,
+    "npu::npu_conv2d_backward": convolution_backward,
+    "npu::npu_convolution": convolution,
+    "npu::npu_convolution_backward": convolution_backward,
     "atb::_npu_matmul_add_fp32": matmul_add,
 }

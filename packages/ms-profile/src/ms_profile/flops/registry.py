@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 
 from . import attention, matmul, npu
 from .attention import Attention, Pending
@@ -57,28 +57,38 @@ def register_flops(op: str, formula: Callable[..., int | Pending] | None) -> Non
     _registered[op] = formula
 
 
-def find(func: OpOverload, kind: Attention) -> Counter | None:
+def name_of(func: OpOverload | HigherOrderOperator) -> str:
+    """Return "namespace::name" of an operator."""
+    if isinstance(func, HigherOrderOperator):
+        return f"{func.namespace}::{func.name()}"
+    return func._schema.name
+
+
+def find(func: OpOverload | HigherOrderOperator, kind: Attention) -> Counter | None:
     """Return how to count an operator, None when it has no matrix product.
 
     Raises:
         UnknownOperator: nobody has said.
     """
-    name = func._schema.name
+    name = name_of(func)
     if name in _registered:
         formula = _registered[name]
-    elif name in _BUILT_IN:
+    elif name in _BUILT_IN and isinstance(func, OpOverload):
         return _by_name(func, _BUILT_IN[name], kind)
     else:
         formula = _stated(func, name)
     return None if formula is None else _as_called(formula, kind)
 
 
-def _stated(func: OpOverload, name: str) -> Callable[..., int | Pending] | None:
-    stated: Any = getattr(func._overloadpacket, "flop_formula", _UNSTATED)
+def _stated(
+    func: OpOverload | HigherOrderOperator, name: str
+) -> Callable[..., int | Pending] | None:
+    packet = func._overloadpacket if isinstance(func, OpOverload) else func
+    stated: Any = getattr(packet, "flop_formula", _UNSTATED)
     formula: Callable[..., int | Pending] | None = stated
     if stated is not _UNSTATED:
         return formula
-    formula = _torch(func)
+    formula = _torch(packet)
     if formula is None and not has_no_product(name):
         raise UnknownOperator(
             f"{name} may multiply matrices and has no FLOP formula: give one with "
@@ -87,11 +97,11 @@ def _stated(func: OpOverload, name: str) -> Callable[..., int | Pending] | None:
     return formula
 
 
-def _torch(func: OpOverload) -> Callable[..., int] | None:
+def _torch(packet: Any) -> Callable[..., int] | None:
     # Imported here: with Triton installed this module imports it.
     from torch.utils.flop_counter import flop_registry
 
-    formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+    formula: Callable[..., int] | None = flop_registry.get(packet)
     return formula
 
 
