@@ -385,6 +385,39 @@ def test_table_totals_and_modules():
     assert modules == ["Sequential.1", ""]
 
 
+class Mean(torch.autograd.Function):
+    """Applies itself on the way back, as Megatron's all-to-all does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Mean.apply(grad)
+
+
+class Block(torch.nn.Linear):
+    def forward(self, x):
+        return Mean.apply(super().forward(x)).sin()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_recomputed_communication_is_told_from_backward(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    model = Block(4, 4)
+    x = torch.ones(2, 4, requires_grad=True)
+    with fake_world(2), CommMeter() as meter:
+        out = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+        out.sum().backward()
+    again = [] if reentrant is None else [("recompute", "Block")]
+    found = [(call.phase, call.module) for call in meter.calls]
+    assert found == [("forward", "Block"), *again, ("backward", "Block")]
+
+
 def unknown_operator(rank, world_size):
     library = torch.library.Library("comm_test", "FRAGMENT")
     library.define("fused(Tensor x, str group_name) -> Tensor")

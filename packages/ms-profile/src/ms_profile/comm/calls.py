@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch._ops import OpOverload
 
+from ms_profile import modules, tap
 from ms_profile.comm.transfers import READERS, Transfer
 
-__all__ = ["Group", "communicates", "transfers"]
+__all__ = ["Group", "communicates", "phase", "transfers"]
 
 _resolve: Callable[[str], dist.ProcessGroup] = torch._C._distributed_c10d._resolve_process_group  # type: ignore[assignment]
 
@@ -48,6 +49,20 @@ def _group_argument(func: OpOverload) -> str | None:
 @cache
 def _argument_names(func: OpOverload) -> tuple[str, ...]:
     return tuple(argument.name for argument in func._schema.arguments)
+
+
+def phase() -> tap.Phase:
+    """The phase of a communication that is being dispatched, while modules are watched.
+
+    An autograd function's backward often applies the function itself for the way back, which looks
+    like a forward that is run again; but a recomputation runs the forward of modules.
+    """
+    phase = tap.phase()
+    if phase == "recompute" and not torch.is_grad_enabled():
+        watch = modules._watch
+        if watch is not None and not watch.stack:
+            return "backward"
+    return phase
 
 
 def communicates(func: OpOverload) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._ops import OpOverload
 
 from ms_profile import tap
-from ms_profile.comm.calls import communicates, transfers
+from ms_profile.comm.calls import communicates, phase, transfers
 
 __all__ = ["Call", "CommMeter"]
 
@@ -31,7 +31,9 @@ class Call:
         wire_bytes: What this rank sends to others.
         to: The same by global rank of the receiver, nothing for those that get nothing.
         dtype: Name of the element type.
-        phase: forward, backward, recompute or other, as `ms_profile.tap.phase` says.
+        phase: backward and recompute are inside an autograd pass; forward and other outside of
+            one, with gradients on and off. So what a training loop issues between the passes
+            (gradient reduction, pipeline messages) is forward.
         module: Path of the module that the call belongs to, empty if none's.
     """
 
@@ -85,7 +87,7 @@ class CommMeter(tap.Meter):
                 wire_bytes=sum(to.values()),
                 to=to,
                 dtype=transfer.dtype,
-                phase=tap.phase(),
+                phase=phase(),
                 module=tap.module(),
             )
             self._calls.append(call)
@@ -111,7 +113,7 @@ class CommMeter(tap.Meter):
             phase: forward, backward, recompute or other.
             of: What is summed: bytes sent to others, sizes of buffers, or the number of calls.
         """
-        wanted = {"op": op, "group": group, "phase": phase}
+        wanted: dict[str, str | None] = {"op": op, "group": group, "phase": phase}
         return sum(
             1 if of == "calls" else getattr(call, of)
             for call in self._calls

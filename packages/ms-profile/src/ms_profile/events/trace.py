@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_hooks
 
 from ms_profile import modules, tap
-from ms_profile.comm.calls import communicates, transfers
+from ms_profile.comm.calls import communicates, phase, transfers
 from ms_profile.comm.transfers import flat
 from ms_profile.events.record import Event, Log, chrome_events, union
 from ms_profile.events.work import WorkProxy, release, replaced
@@ -138,7 +138,7 @@ class EventTrace(tap.Meter):
         index = self._seen[number]
         self._seen[number] += 1
         where = tap.module() if module is None else module
-        event = Event(name, kind, now, now, group, index, tap.phase(), where)
+        event = Event(name, kind, now, now, group, index, phase(), where)
         self._log.events.append(event)
         self._log.edges.append((f"{'launch' if kind == 'launch' else 'begin'}:{event.key}", now))
         return event
@@ -154,7 +154,7 @@ class EventTrace(tap.Meter):
             return None
         now = time.perf_counter() - self._start
         event = replace(launch, kind="wait", begin=now, end=now)
-        event.phase, event.module = tap.phase(), tap.module()
+        event.phase, event.module = phase(), tap.module()
         self._log.events.append(event)
         self._log.edges.append((f"wait:{event.key}", now))
         return event
