@@ -10,11 +10,13 @@ __version__ = "0.1.0"
 # Public name -> module that defines it; imported on first use.
 _PUBLIC = {
     "CommMeter": "ms_profile.comm",
+    "EventTrace": "ms_profile.events",
     "FlopMeter": "ms_profile.flops",
     "MemoryMeter": "ms_profile.memory",
     "Meter": "ms_profile.tap",
     "Schedule": "ms_profile.profiler",
     "StepProfiler": "ms_profile.profiler",
+    "VirtualClock": "ms_profile.clock",
     "deterministic": "ms_profile.determinism",
     "peak_flops": "ms_profile.flops",
     "profile": "ms_profile.profiler",
