@@ -47,7 +47,11 @@ def equal(one, two):
 
 
 NO_SEED = Mutation(
-    "no seed", "mindspeed.train.parallel:initialize", "torch.manual_seed(config.seed)", "None"
+    "no seed",
+    "mindspeed.train.parallel:initialize",
+    "(config.seed)",
+    "(torch.seed() % 2**31)",
+    count=2,
 )
 
 
