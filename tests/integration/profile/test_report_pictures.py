@@ -125,7 +125,7 @@ def test_many_ranks_have_no_numbers(tmp_path, drawn):
 def test_the_timeline_has_a_row_a_kind_and_rank(tmp_path, drawn):
     report.timeline({rank: event_record(rank) for rank in (0, 1)}, tmp_path / "timeline.svg")
     axes = drawn[0].axes[0]
-    rows = ["mark", "compute", "communication", "wait"]
+    rows = ["mark", "compute", "communication dp", "wait"]
     wanted = [f"rank {rank} {row}" for rank in (0, 1) for row in rows]
     assert [re.sub(" +", " ", label.get_text()) for label in axes.get_yticklabels()] == wanted
     assert axes.get_xlabel() == "time (ms)"
@@ -133,6 +133,18 @@ def test_the_timeline_has_a_row_a_kind_and_rank(tmp_path, drawn):
     assert [bar.tolist() for bar in bars[:3]] == [
         pytest.approx(each) for each in ([0, 2], [1, 4], [3, 4])
     ]
+
+
+def test_ranks_stand_on_one_clock(tmp_path, drawn):
+    """A record that began 2 ms later, by the time of day, is drawn 2 ms later."""
+    records = [{**event_record(rank), "start": 1e9 + 0.002 * rank} for rank in (0, 1)]
+    report.timeline(records, tmp_path / "timeline.svg")
+    bars = [
+        path.get_extents().intervalx[0]
+        for c in drawn[0].axes[0].collections
+        for path in c.get_paths()
+    ]
+    assert bars == pytest.approx([0, 1, 3, 2, 3, 5], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["timeline.json", "timeline.json.gz"])
@@ -151,7 +163,7 @@ def test_the_timeline_as_a_chrome_trace(tmp_path, name):
     assert [event["args"]["name"] for event in events if event["name"] == "thread_name"] == [
         "mark",
         "compute",
-        "comm",
+        "comm dp",
         "wait",
     ]
 

@@ -122,6 +122,7 @@ def _check_memory(data: Record) -> None:
 
 def _check_events(data: Record) -> None:
     integer(data.get("rank"), "rank", high=1 << 24)
+    number(data.get("start", 0), "start", high=1e12)
     for index, event in enumerate(_list(data.get("events"), "events")):
         what = f"events[{index}]"
         event = _mapping(event, what)
@@ -171,6 +172,25 @@ def memory_peak(data: Record) -> MemoryPeak:
     peak = data["peak"]
     place = {name: str(peak.get(name) or "") for name in ("module", "phase", "op")}
     return MemoryPeak(peak["bytes"], **place)
+
+
+def aligned(data: Sequence[Record]) -> list[Record]:
+    """Event records of several ranks on one clock, which begins with the first rank's.
+
+    `start` is the time of day at a record's second 0; without it the clocks are taken as one.
+    """
+    if not all("start" in each for each in data):
+        return list(data)
+    first = min(each["start"] for each in data)
+    return [_shifted(each, each["start"] - first) for each in data]
+
+
+def _shifted(data: Record, seconds: float) -> Record:
+    moved = [
+        {**event, "begin": event["begin"] + seconds, "end": event["end"] + seconds}
+        for event in data["events"]
+    ]
+    return {**data, "events": moved}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ms_profile.report import chrome, meters, units
 from ms_profile.report.stream import printable
@@ -95,7 +95,7 @@ def memory_curve(data: object, path: str | os.PathLike[str]) -> Path:
     axes.set_ylim(0, 1.06 * max(largest, 1) / divisor)
     axes.set_xlim(left=0)
     if len(runs) == 1:
-        _marks(axes, *runs.values(), factor)
+        _marks(axes, next(iter(runs.values())), factor)
     _plain(axes)
     legend = figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     for text in legend.get_texts():
@@ -241,7 +241,7 @@ def timeline(data: object, path: str | os.PathLike[str]) -> Path:
         ValueError: Another suffix, or no event at all.
         ImportError: matplotlib is not installed (a Chrome trace does without).
     """
-    found = meters.records(data, "events")
+    found = meters.aligned(meters.records(data, "events"))
     if str(path).endswith((".json", ".json.gz")):
         return chrome.write(found, Path(path))
     target = _checked(path, (*SUFFIXES, ".json", ".json.gz"))
@@ -253,28 +253,37 @@ def timeline(data: object, path: str | os.PathLike[str]) -> Path:
     rows = chrome.rows(found)
     figure = _figure(8, 1.1 + 0.3 * len(rows))
     axes = figure.add_subplot()
-    for number, (_, kind, members) in enumerate(rows):
-        spans = [
-            ((e["begin"] - first) * factor, max((e["end"] - e["begin"]) * factor, 0.0))
-            for e in members
-        ]
-        color = _ROWS.get(kind, GREY)
-        if kind == "mark":
-            axes.plot([s[0] for s in spans], [number] * len(spans), "|", color=color, ms=9, mew=1.4)
-        else:
-            # A thin border keeps events visible that are shorter than a pixel.
-            axes.broken_barh(spans, (number - 0.36, 0.72), color=color, linewidth=0.3)
+    for number, row in enumerate(rows):
+        _row(axes, row, number, first, factor)
     _timeline_axes(axes, rows, unit)
     _save(figure, target)
     return target
 
 
-def _timeline_axes(axes: Axes, rows: list[tuple[int, str, list[Any]]], unit: str) -> None:
-    labels = [f"rank {rank}  {_LABELS.get(kind, kind)}" for rank, kind, _ in rows]
+def _row(axes: Axes, row: chrome.Row, number: int, first: float, factor: float) -> None:
+    color = _ROWS.get(row.kind, GREY)
+    spans = [
+        ((event["begin"] - first) * factor, (event["end"] - event["begin"]) * factor)
+        for event in row.events
+    ]
+    moments = [begin for begin, length in spans if not length]
+    if moments:
+        axes.plot(moments, [number] * len(moments), "|", color=color, ms=9, mew=1.2)
+    # Marks may lie in one another. A thin border keeps events visible shorter than a pixel.
+    alpha = 0.4 if row.kind == "mark" else 1.0
+    lasting = [span for span in spans if span[1]]
+    axes.broken_barh(lasting, (number - 0.36, 0.72), color=color, linewidth=0.3, alpha=alpha)
+
+
+def _timeline_axes(axes: Axes, rows: Sequence[chrome.Row], unit: str) -> None:
+    labels = [
+        printable(f"rank {row.rank}  {_LABELS.get(row.kind, row.kind)} {row.group}".rstrip(), 48)
+        for row in rows
+    ]
     axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     for number in range(1, len(rows)):
-        if rows[number][0] != rows[number - 1][0]:
+        if rows[number].rank != rows[number - 1].rank:
             axes.axhline(number - 0.5, color=GREY, linewidth=0.6)
     axes.set_xlabel(f"time ({unit})")
     axes.set_xlim(left=0)
