@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from .activation import swiglu
-from .attention import attention, attention_backward, causal_mask
+from .attention import (
+    alibi_bias,
+    alibi_slopes,
+    attention,
+    attention_backward,
+    attention_merge,
+    causal_mask,
+)
 from .flops import register_flop_formulas
+from .masks import MaskSpec, from_sparse_mode
 from .matmul import grouped_matmul, grouped_matmul_add_, matmul_add_
+from .moe import moe_permute, moe_permute_map, moe_unpermute, moe_unpermute_map
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
 from .registry import (
@@ -55,14 +64,23 @@ __all__ = [
     "BackendError",
     "Facts",
     "Kernel",
+    "MaskSpec",
+    "alibi_bias",
+    "alibi_slopes",
     "attention",
     "attention_backward",
+    "attention_merge",
     "backend",
     "causal_mask",
     "explain",
+    "from_sparse_mode",
     "grouped_matmul",
     "grouped_matmul_add_",
     "matmul_add_",
+    "moe_permute",
+    "moe_permute_map",
+    "moe_unpermute",
+    "moe_unpermute_map",
     "operators",
     "register_backend",
     "register_flop_formulas",

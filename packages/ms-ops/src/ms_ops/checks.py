@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .device import FLOATS
 
 
-def fail(kind: type[Exception], op: str, argument: str, got: object, need: str) -> None:
+def fail(kind: type[Exception], op: str, argument: str, got: object, need: str) -> NoReturn:
     """Raise `kind` with the package's standard wording."""
     raise kind(f"{op}: {argument}: got {got}, need {need}")
 

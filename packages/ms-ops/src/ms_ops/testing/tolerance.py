@@ -59,7 +59,8 @@ def max_error(got: Tensor, oracle: Tensor) -> float:
 
 def roundings(got: Tensor, oracle: Tensor) -> float:
     """Return the error in units of one rounding of the largest reference value."""
-    top = oracle[oracle.isfinite()].abs().max().item() if oracle.numel() else 0.0
+    finite = oracle[oracle.isfinite()]
+    top = finite.abs().max().item() if finite.numel() else 0.0
     return max_error(got, oracle) / (UNIT[got.dtype] * top) if top else 0.0
 
 
