@@ -6,6 +6,8 @@ sharded optimizer, as by default (few, large communications), and tensor with se
 contenders take steps in turns; a ratio is the median over rounds of processor time of rank 0 with
 the meter by that without, which other work on the machine hardly disturbs; `wall` is the same of
 wall time.
+
+`--matrix FILE.svg` draws what four ranks of a small model send each other instead.
 """
 
 import argparse
@@ -109,15 +111,19 @@ def ratios(times):
     return {"step_ms": step, "against_off": against_off(0), "wall": against_off(1)}
 
 
-def main(name, make_contenders, summary):
+def arguments(summary):
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
+    return parser
+
+
+def main(name, make_contenders, options):
     with tempfile.TemporaryDirectory() as folder:
         results = f"{folder}/rows.json"
-        arguments = (f"{folder}/store", results, make_contenders, options.rounds)
-        mp.spawn(measure, arguments, nprocs=RANKS)
+        mp.spawn(
+            measure, (f"{folder}/store", results, make_contenders, options.rounds), nprocs=RANKS
+        )
         rows = json.loads(Path(results).read_text())
     for row in rows:
         print(json.dumps(row))
@@ -137,5 +143,34 @@ def main(name, make_contenders, summary):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def record(rank, store, folder):
+    """A step of four ranks, two by two: tensor and sequence parallel, sharded data parallel."""
+    from mindspeed.train import TrainConfig, Trainer
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    job = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64}
+    split = {**DIVISIONS["tensor and sequence parallel"], "use_distributed_optimizer": True}
+    config = TrainConfig.of(**job, **split, global_batch_size=4)
+    with Trainer(config) as trainer, CommMeter() as meter:
+        trainer.train_step()
+    Path(f"{folder}/rank{rank}.json").write_text(json.dumps(meter.as_dict()))
+    dist.destroy_process_group()
+
+
+def draw(path):
+    from ms_profile.report.pictures import communication_matrix
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(record, (f"{folder}/store", folder), nprocs=4)
+        files = sorted(Path(folder).glob("rank*.json"))
+        communication_matrix([json.loads(file.read_text()) for file in files], path)
+
+
 if __name__ == "__main__":
-    main("comm", contenders, __doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--matrix", metavar="FILE.svg", help="draw a matrix instead")
+    options = parser.parse_args()
+    if options.matrix:
+        draw(options.matrix)
+    else:
+        main("comm", contenders, options)

@@ -194,11 +194,14 @@ def test_an_end_before_now():
     assert simulate([]) == ()
 
 
-def test_chrome_trace():
+def test_records_and_chrome_trace():
     clocks = simulate([one_f_one_b(rank) for rank in range(P)])
-    trace = json.loads(json.dumps(chrome_trace(clocks, unit_us=1000)))
-    events = trace["traceEvents"]
+    trace = json.loads(json.dumps(chrome_trace(clocks, unit_s=1)))
+    events = [event for event in trace["traceEvents"] if event.get("cat") == "compute"]
     assert len(events) == P * MICRO * 2
     last = max(events, key=lambda event: event["ts"] + event["dur"])
-    assert (last["name"], last["pid"], last["ts"] + last["dur"]) == ("B7", 0, 66000)
+    assert (last["name"], last["pid"], last["ts"] + last["dur"]) == ("B7", 0, 66e6)
     assert chrome_trace({3: clocks[3]})["traceEvents"][0]["pid"] == 3
+    record = clocks[1].as_dict(1)
+    assert (record["kind"], record["version"], record["rank"]) == ("events", 1, 1)
+    assert record["events"][0] == {"name": "a0", "kind": "wait", "begin": 0.0, "end": 2.0}

@@ -25,6 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ms_profile.report.chrome import trace_events
+
 __all__ = [
     "Compute",
     "Receive",
@@ -116,6 +118,19 @@ class VirtualClock:
             "steady": self._sum(self._spans[first:last], "idle"),
             "cooldown": self._sum(self._spans[last:], "idle"),
         }
+
+    def as_dict(self, rank: int = 0, unit_s: float = 1.0) -> dict[str, Any]:
+        """Operations and waits as an event record, like that of an EventTrace."""
+        events = [
+            {
+                "name": span.name or span.kind,
+                "kind": "wait" if span.kind == "idle" else "compute",
+                "begin": float(span.begin) * unit_s,
+                "end": float(span.end) * unit_s,
+            }
+            for span in self._spans
+        ]
+        return {"kind": "events", "version": 1, "rank": rank, "events": events}
 
     @staticmethod
     def _sum(spans: Iterable[Span], kind: str) -> Fraction:
@@ -246,30 +261,17 @@ def makespan(clocks: Iterable[VirtualClock]) -> Fraction:
 
 
 def chrome_trace(
-    clocks: Mapping[int, VirtualClock] | Sequence[VirtualClock], unit_us: float = 1.0
+    clocks: Mapping[int, VirtualClock] | Sequence[VirtualClock], unit_s: float = 1e-3
 ) -> dict[str, Any]:
     """The operations of all ranks in the Chrome trace format, to be written as JSON.
 
     Args:
         clocks: Clock of every rank.
-        unit_us: Microseconds that one unit of cost is drawn as.
+        unit_s: Seconds that one unit of cost is drawn as.
     """
     ranks = clocks.items() if isinstance(clocks, Mapping) else enumerate(clocks)
-    events = [
-        {
-            "name": span.name,
-            "cat": span.kind,
-            "ph": "X",
-            "ts": float(span.begin) * unit_us,
-            "dur": float(span.end - span.begin) * unit_us,
-            "pid": rank,
-            "tid": 0,
-        }
-        for rank, clock in ranks
-        for span in clock.spans
-        if span.kind == "compute"
-    ]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    events = trace_events([clock.as_dict(rank, unit_s) for rank, clock in ranks])
+    return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
 def _time(name: str, value: Number) -> Fraction:

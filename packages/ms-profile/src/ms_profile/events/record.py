@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ms_profile.tap import Phase
 
@@ -99,28 +99,3 @@ def union(intervals: Iterable[tuple[float, float]], begin: float, end: float) ->
             covered += stop - start
             reached = stop
     return covered
-
-
-def chrome_events(events: Iterable[Event], rank: int) -> list[dict[str, Any]]:
-    """Complete events of the Chrome trace format: what the program did, and what was under way.
-
-    Communications under way overlap each other, so each has the track of its group.
-    """
-    return [
-        {
-            "name": event.name,
-            "cat": event.kind,
-            "ph": "X",
-            "ts": event.begin * 1e6,
-            "dur": (event.end - event.begin) * 1e6,
-            "pid": rank,
-            "tid": f"comm {event.group}" if event.kind == "comm" else "program",
-            "args": {
-                "index": event.index,
-                "group": event.group,
-                "phase": event.phase,
-                "module": event.module,
-            },
-        }
-        for event in events
-    ]

@@ -22,8 +22,9 @@ from torch.nn.modules import module as module_hooks
 from ms_profile import modules, tap
 from ms_profile.comm.calls import communicates, phase, transfers
 from ms_profile.comm.transfers import flat
-from ms_profile.events.record import Event, Log, chrome_events, union
+from ms_profile.events.record import Event, Log, union
 from ms_profile.events.work import WorkProxy, release, replaced
+from ms_profile.report.chrome import trace_events
 
 __all__ = ["EventTrace"]
 
@@ -268,8 +269,7 @@ class EventTrace(tap.Meter):
 
     def chrome_trace(self) -> dict[str, Any]:
         """The trace for chrome://tracing or Perfetto, to be written as JSON."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return {"traceEvents": chrome_events(self._log.events, rank), "displayTimeUnit": "ms"}
+        return {"displayTimeUnit": "ms", "traceEvents": trace_events([self.as_dict()])}
 
 
 class _TracedWork(WorkProxy):
