@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,8 @@ ANSWERS = {
     "aclrtGetDeviceCount": "int {name}(unsigned *count) { *count = 1; return 0; }",
     "aclrtGetDevice": "int {name}(int *device) { *device = 0; return 0; }",
     "aclrtCreateStreamWithConfig": "int {name}(void **s) { *s = &s; return 0; }",
+    "aclGetCompileoptSize": "unsigned long {name}(void) { return 16; }",
+    "aclGetCompileopt": "int {name}(int o, char *value) { value[0] = '0'; value[1] = 0; return 0; }",
     "aclrtGetSocName": 'const char *{name}(void) { return "Ascend910B1"; }',
 }
 # Made by the compiler or found in every process.
@@ -44,7 +47,7 @@ def build(folder: Path) -> list[Path]:
     ours, theirs = _libraries()
     missing = _symbols(ours, "--undefined-only") - _symbols([*ours, *theirs], "--defined-only")
     missing = {s for s in missing - NOT_THEIRS if not s.startswith(("Py", "_Py", "__cxa"))}
-    missing |= ANSWERS.keys()
+    missing |= ANSWERS.keys() | _looked_up(ours)
     source = folder / "stubs.c"
     lines = (_function(i, symbol) for i, symbol in enumerate(sorted(missing)))
     source.write_text("".join(lines), encoding="utf-8")
@@ -79,6 +82,12 @@ def _symbols(libraries: list[Path], which: str) -> set[str]:
     if which == "--undefined-only":
         return {name for name in names if "@" not in name}
     return {name.split("@")[0] for name in names}
+
+
+def _looked_up(libraries: list[Path]) -> set[str]:
+    """Return names of the runtime's functions that are looked up while running: as text."""
+    text = b"".join(path.read_bytes() for path in libraries if path.name == "libtorch_npu.so")
+    return {name.decode() for name in re.findall(rb"\0(acl(?!nn)[A-Za-z0-9]+)(?=\0)", text)}
 
 
 def _wanted(ours: list[Path], theirs: list[Path]) -> list[str]:
