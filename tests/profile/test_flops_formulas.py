@@ -242,6 +242,21 @@ def test_operators_of_others(library):
     stated.flop_formula = lambda x, out_val, attention: len(attention)
     assert counted(stated, x, attention="full").forward == 4
 
+    class Later:
+        resolved = 0
+
+        def resolve(self):
+            Later.resolved += 1
+            return 7
+
+    later = define(library, "later(Tensor x) -> Tensor", lambda x: x * 2)
+    later.flop_formula = lambda x, out_val: Later()
+    with FlopMeter() as meter:
+        later(x)
+        later(x)
+    assert Later.resolved == 0
+    assert (meter.counts.forward, meter.counts.forward, Later.resolved) == (14, 14, 2)
+
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     torchs = define(library, "torchs(Tensor x) -> Tensor", lambda x: x * 2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -59,11 +59,18 @@ class Lengths(NamedTuple):
     k: int
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A count that needs numbers which are on a device; resolved when somebody reads the counts.
+class Pending(Protocol):
+    """A count that needs numbers which are on a device; a meter resolves it when it is read."""
 
-    The lengths are kept as a copy on the device, so that nothing waits for it in the step.
+    def resolve(self) -> int:
+        """Return the count; waits for the device."""
+
+
+@dataclass(frozen=True)
+class PendingLengths:
+    """A count that needs the lengths of packed sequences.
+
+    They are kept as a copy on the device, so that nothing waits for it in the step.
     """
 
     count: Callable[[list[Lengths]], int]
@@ -202,7 +209,7 @@ def packed(
         )
     if starts_q.device.type == "cpu":
         return count(lengths_of(starts_q.tolist(), starts_k.tolist()))
-    return Pending(count, starts_q.clone(), starts_k.clone())
+    return PendingLengths(count, starts_q.clone(), starts_k.clone())
 
 
 def flash_forward(

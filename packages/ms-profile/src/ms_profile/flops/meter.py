@@ -152,7 +152,7 @@ class FlopMeter(Meter):
         number = counter(args, kwargs, out)
         path = module() if self._follow else ""
         place = _Place(phase(), path, registry.name_of(func), _dtype(args))
-        if isinstance(number, Pending):
+        if not isinstance(number, int):
             self._pending.append((place, number))
         elif number:
             self._counts[place] += number

@@ -7,7 +7,9 @@ FLOPs without importing anything, None for no product; torch's own registry
 unknown.
 
 A formula is called as torch calls its raw ones: `formula(*args, **kwargs, out_val=result)`. One
-that has a parameter `attention` is told which count is wanted and can tell masked from full.
+that has a parameter `attention` is told which count is wanted and can tell masked from full. In
+place of an integer it may return an object whose `resolve()` gives it later, which a meter calls
+when its counts are read: so a formula need not wait for numbers on a device.
 """
 
 from __future__ import annotations

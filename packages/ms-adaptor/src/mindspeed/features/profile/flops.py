@@ -26,6 +26,9 @@ FEATURE = Feature(
     page="docs/profile/flops.md",
 )
 
+# Options under which sequences of other lengths come at each step.
+VARYING = ("variable_seq_lengths", "sft", "rl_use_sequence_packing")
+
 # Steps after which the same shapes are counted once more.
 RECOUNT = 100
 
@@ -241,7 +244,7 @@ def _dtype(values: Mapping[str, Any]) -> str:
 def _shapes_vary(values: Mapping[str, Any]) -> bool:
     """Whether steps of as many sequences may differ in FLOPs."""
     drops = values.get("moe_expert_capacity_factor") is not None
-    return bool(values.get("variable_seq_lengths")) or drops
+    return drops or any(values.get(name) for name in VARYING)
 
 
 def _sequences(values: Mapping[str, Any], world_size: int) -> Callable[[], int]:
