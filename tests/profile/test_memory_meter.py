@@ -356,6 +356,19 @@ def test_nested_meters_agree_and_the_same_meter_is_refused():
         assert outer.timeline == [(-1, 0.0, 0)]
 
 
+def test_only_every_third_entry_is_measured():
+    meter = MemoryMeter(sample_every=3)
+    peaks = []
+    for size in range(1, 8):
+        with meter:
+            torch.zeros(size)
+            assert meter.is_on == (size % 3 == 1)
+            with pytest.raises(RuntimeError, match="on already"):
+                meter.__enter__()
+        peaks.append(meter.peak.nbytes // 4)
+    assert peaks == [1, 1, 1, 4, 4, 4, 7]
+
+
 def test_after_the_context_nothing_is_followed_but_all_is_readable():
     calls = []
     with MemoryMeter() as meter:
@@ -437,3 +450,5 @@ def test_what_it_cannot_follow_is_refused():
         MemoryMeter(exclude=[3])
     with pytest.raises(ValueError, match="at least 2"):
         MemoryMeter(points=1)
+    with pytest.raises(ValueError, match="sample_every: got 0"):
+        MemoryMeter(sample_every=0)

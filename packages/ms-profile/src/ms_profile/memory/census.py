@@ -156,6 +156,7 @@ def storages(tensor: Tensor) -> tuple[torch.UntypedStorage, ...]:
     inner = getattr(kind, "__tensor_flatten__", None)
     if inner is not None:
         parts = [getattr(tensor, name) for name in inner(tensor)[0]]
+        parts = [part for part in parts if isinstance(part, Tensor)]  # others have none
     elif tensor.layout is torch.strided:
         return (tensor.untyped_storage(),)
     elif tensor.layout is torch.sparse_coo:

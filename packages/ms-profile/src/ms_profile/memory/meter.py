@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from typing_extensions import Self
 
 from ms_profile import tap
 from ms_profile.memory.census import Held, Kind, storages, tensors_of
@@ -52,9 +53,12 @@ class MemoryMeter(tap.Meter):
             storages or such a change was seen, else at some (None). A change that is seen late
             leaves the peak an upper bound, and `peak.exact` false.
         points: most points of the timeline.
+        sample_every: measure the first of so many entries; the others cost nothing and leave what
+            was measured. So enter it once a step.
 
     Raises:
         TypeError: `given` holds something else.
+        ValueError: `points` below 2, `sample_every` below 1.
     """
 
     watches_modules = True
@@ -66,12 +70,18 @@ class MemoryMeter(tap.Meter):
         device: str | None = None,
         resizes: bool | None = None,
         points: int = 1 << 16,
+        sample_every: int = 1,
     ) -> None:
+        if sample_every < 1:
+            raise ValueError(f"MemoryMeter: sample_every: got {sample_every}, need 1 or more")
         excluded = (exclude,) if isinstance(exclude, nn.Module | Tensor) else tuple(exclude)
         self._owners = Owners(given, excluded)
         self._device = device
         self._resizes = resizes
         self._points = points
+        self._every = sample_every
+        self._entries = 0
+        self._passing = False
         self._reset()
 
     def _reset(self) -> None:
@@ -153,7 +163,7 @@ class MemoryMeter(tap.Meter):
         return tuple(
             Holding(held.nbytes, held.kind, held.describe())
             for held in self._census
-            if held.kind in ("activation", "other") and held.key not in known
+            if held.nbytes and held.kind in ("activation", "other") and held.key not in known
         )
 
     def mark(self, name: str, outputs: Any = ()) -> Mark:
@@ -217,6 +227,22 @@ class MemoryMeter(tap.Meter):
         }
 
     # Hearing.
+
+    def __enter__(self) -> Self:
+        if self._passing:
+            raise RuntimeError("this MemoryMeter is on already: make a second one to nest them")
+        if not self.is_on and self._entries % self._every:
+            self._passing = True
+        else:
+            super().__enter__()
+        self._entries += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._passing:
+            self._passing = False
+        else:
+            super().__exit__(*exc)
 
     def opened(self) -> None:
         """Starts anew and follows what is given."""
