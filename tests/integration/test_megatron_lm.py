@@ -74,7 +74,8 @@ CASES = (
     Case(
         "recompute-full",
         1,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--op-cal-tflops",
         exact=True,
     ),
     Case("recompute-selective", 1, "--recompute-granularity selective", exact=True),
@@ -118,7 +119,22 @@ class Runner:
             },
         )
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"[-9000:]
-        return [float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)]
+        losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)]
+        if "--op-cal-tflops" in arguments:
+            check_rates(done.stdout, len(losses))
+        return losses
+
+
+def check_rates(output: str, lines: int) -> None:
+    """Every line of the log is followed by rates, which are those of DENSE, fully recomputed."""
+    pattern = r"device: (\S+) by Megatron's formula, (\S+) actual, (\S+) actual with recompute"
+    rates = [tuple(map(float, found)) for found in re.findall(pattern, output)]
+    assert len(rates) == lines
+    core, layers, head = 4 * 4 * 64 * 64, 4 * 24 * 64 * 64, 2 * 64 * 256  # forward, a token
+    forward = core + layers + head
+    for formula, actual, launched in rates:
+        assert actual / formula == pytest.approx(forward / (forward - core / 2), rel=2e-3)
+        assert launched / actual == pytest.approx(1 + (core + layers) / (3 * forward), rel=2e-3)
 
 
 @pytest.fixture(scope="module")
