@@ -133,6 +133,16 @@ def test_mindspeed_train_refuses_before_any_process(line, text, tmp_path, capsys
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_user_may_not_expect_is_noted():
+    flags = {"profile": True, "profile_step_start": 3, "profile_step_end": 5}
+    (text,) = trace.notes(flags, 0, "cpu")
+    assert "the CPU is the device" in text
+    assert list(trace.notes({**flags, "profile_with_cpu": True}, 3, "cpu")) == []
+    (text,) = trace.notes(flags, 4, "npu")
+    assert "window is the iterations 3 to 4, and training goes on with 5" in text
+    assert list(trace.notes({}, 9, "cpu")) == []
+
+
 # ---- levels side by side
 
 

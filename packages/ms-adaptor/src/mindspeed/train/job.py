@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mindspeed.features.profile import trace
+from mindspeed.patching.detect import device_type
 from mindspeed.train import runs
 from mindspeed.train.args import Options
 from mindspeed.train.config import TrainConfig
@@ -100,6 +102,8 @@ class Job:
         if asked > max(self.levels):
             reason = available_levels()[asked] or f"it adds nothing yet to level {self.levels[-1]}"
             note(f"level {asked} is not used: {reason}")
+        for text in trace.notes(config.plan_values(), self.plan.start, device_type()):
+            note(text)
         note(f"results in {self.plan.folder}")
 
     def train(self) -> None:

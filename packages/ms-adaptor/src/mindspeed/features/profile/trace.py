@@ -8,7 +8,7 @@ Megatron's calls for nsys stay off. With `--use-pytorch-profiler` they mean Mega
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,27 @@ def check(values: Mapping[str, Any], world_size: int) -> None:
         raise ValueError(
             f"--profile-step-start is {start}, but training ends with iteration {last}: nothing"
             " would be traced"
+        )
+
+
+def notes(values: Mapping[str, Any], start: int, device: str) -> Iterator[str]:
+    """What a user may not expect of the flags.
+
+    Args:
+        values: every option by name.
+        start: last iteration that an earlier run has done; 0 for a new one.
+        device: "cpu", "npu" or "cuda".
+    """
+    if not values.get("profile"):
+        return
+    options = _options(values)
+    if device == "cpu" and not options["profile_with_cpu"]:
+        yield "profile: the CPU is the device here, so its operators are traced"
+    first, stop = options["profile_step_start"], options["profile_step_end"]
+    if start + 1 >= stop:
+        yield (
+            f"profile: nothing will be traced: the window is the iterations {first} to {stop - 1},"
+            f" and training goes on with {start + 1}"
         )
 
 
