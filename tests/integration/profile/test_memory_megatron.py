@@ -147,7 +147,7 @@ def table(options):
 def measured():
     one_layer = {f"{BY_HOOKS}, one layer": {**CASES[BY_HOOKS], "num_layers": 1}}
     cases = {**CASES, **one_layer, "leak": LEAK}
-    return run_ranks(train_step, 2, cases, preload="megatron", env=EAGER)
+    return run_ranks(train_step, 2, cases, preload="megatron", env=EAGER, timeout=240)
 
 
 @pytest.mark.parametrize("name", CASES)
