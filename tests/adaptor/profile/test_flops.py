@@ -2,6 +2,7 @@
 alone."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -247,3 +248,4 @@ def test_batches_that_grow(monkeypatch):
 def test_shapes_that_vary_are_counted_every_step(values, varies):
     plan = {**TrainConfig.of(**TINY).plan_values(), **values}
     assert make_hook(plan, 0, 1)._every_step is varies
+    assert ("every step" in flops.advise(Namespace(**plan))) is varies

@@ -23,6 +23,7 @@ FEATURE = Feature(
     level=0,
     doc="Counts the FLOPs of steps and logs TFLOP/s per device, MFU and HFU.",
     packages=("ms-profile",),
+    advise="mindspeed.features.profile.flops:advise",
     page="docs/profile/flops.md",
 )
 
@@ -31,6 +32,17 @@ VARYING = ("variable_seq_lengths", "sft", "rl_use_sequence_packing")
 
 # Steps after which the same shapes are counted once more.
 RECOUNT = 100
+
+
+def advise(config: Any) -> str:
+    """Say what counting costs for a configuration.
+
+    Args:
+        config: anything with Megatron's configuration names as attributes.
+    """
+    if _shapes_vary(vars(config)):
+        return "lengths vary, so every step is counted, which costs where operators are short"
+    return f"counts one step in {RECOUNT} and the first of each batch size: costs nothing otherwise"
 
 
 @dataclass
