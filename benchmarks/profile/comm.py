@@ -44,10 +44,10 @@ def gate(trainer, division):
     with CommMeter() as meter:
         trainer.train_step()
     if division == "data parallel, sharded optimizer":
-        held = sum(p.numel() for p in trainer.chunks[0].parameters())
-        # The buffer is padded: each parameter to 64 elements, the whole to 128.
-        count = meter.total(group=DP, op="reduce_scatter", of="bytes") // 4
-        assert 0 <= count - held < 64 * len(list(trainer.chunks[0].parameters())) + 128
+        # Each parameter begins at a multiple of 64 elements, all end at one of 128.
+        held = sum(-(-p.numel() // 64) * 64 for p in trainer.chunks[0].parameters())
+        scattered = meter.total(group=DP, op="reduce_scatter", of="bytes")
+        assert scattered == 4 * -(-held // 128) * 128, f"{scattered} for {held} elements"
     else:
         model, batch = trainer.config.model, trainer.config.batch
         linears = 2 * model.num_layers + 1

@@ -69,6 +69,15 @@ def test_makespan_by_hand(plan):
         assert idle["steady"] == (P - 1 - rank) * (F + B)
 
 
+def test_makespan_of_any_size():
+    for size in (1, 2, 3, 5):
+        for micro in (1, 2, 5, 9):
+            for f, b in ((1, 2), (3, 1), (0.5, 0.25)):
+                for plan in (one_f_one_b, gpipe):
+                    programs = [plan(rank, size, micro, f, b) for rank in range(size)]
+                    assert makespan(simulate(programs)) == (micro + size - 1) * (f + b)
+
+
 def test_links_cost_latency_and_bytes():
     programs = [
         [Compute(3), Send(1, "x", 10), Compute(1)],

@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as functional
 from ms_profile.comm import CommMeter
 from ms_profile.events import EventTrace, LinkDelay, work
 from ms_profile.events.record import union
+from support.fake import fake_world
 from support.mutation import Mutation
 from support.ranks import RankError, run_ranks
 
@@ -292,6 +293,19 @@ def test_a_module_that_raises_ends_with_what_is_around_it():
     begun = {edge.partition(":")[2] for edge in trace.edges if edge.startswith("begin")}
     ended = {edge.partition(":")[2] for edge in trace.edges if edge.startswith("end")}
     assert begun == ended
+
+
+def test_a_second_use_starts_anew_and_hears_nothing_of_the_first():
+    trace = EventTrace(ops=False)
+    with fake_world(2):
+        with trace:
+            early = dist.all_reduce(torch.ones(2), async_op=True)
+        with trace:
+            late = dist.all_reduce(torch.ones(2), async_op=True)
+            early.wait()
+            assert "wait:all_reduce#0" not in trace.edges
+            late.wait()
+    assert trace.order("wait:all_reduce", "launch:all_reduce")[0] == "launch:all_reduce"
 
 
 def test_union_of_intervals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -61,6 +62,7 @@ class EventTrace(tap.Meter):
         self._open: Event | None = None
         self._stack: list[Event] = []
         self._in_flight: dict[int, tuple[StorageWeakRef, Event]] = {}
+        self._launches: dict[str, Event] = {}
         self._over: set[str] = set()
         self._handles: tuple[Any, ...] = ()
 
@@ -68,6 +70,7 @@ class EventTrace(tap.Meter):
         """Forgets what an earlier use recorded."""
         self._log = Log()
         self._seen.clear()
+        self._launches.clear()
         self._over.clear()
         self._stack.clear()
         self._start, self._epoch = time.perf_counter(), time.time()
@@ -91,8 +94,10 @@ class EventTrace(tap.Meter):
         """Opens the event of an operator."""
         self._open = None
         if communicates(func):
-            group, transfer = next(iter(transfers(func, args, kwargs)))
-            self._open = self._begin(transfer.op, "launch", group.name)
+            # A functional batch of sends and receives is one launch, named after its first.
+            for group, transfer in itertools.islice(transfers(func, args, kwargs), 1):
+                self._open = self._begin(transfer.op, "launch", group.name)
+                self._launches[self._open.key] = self._open
         elif func._schema.name == "_c10d_functional::wait_tensor":
             self._open = self._begin_wait(self._launch_of(args[0]))
         elif self._ops and _computes(func):
@@ -151,7 +156,7 @@ class EventTrace(tap.Meter):
             self._log.edges.append((f"{edge}:{event.key}", event.end))
 
     def _begin_wait(self, launch: Event | None) -> Event | None:
-        if launch is None or not self.is_on:
+        if launch is None or not self._hears(launch):
             return None
         now = time.perf_counter() - self._start
         event = replace(launch, kind="wait", begin=now, end=now)
@@ -165,15 +170,19 @@ class EventTrace(tap.Meter):
         """A wait for a communication; `ends` if the communication is over when it returns."""
         event = self._begin_wait(launch)
         yield
-        if event is not None and self.is_on:
+        if event is not None and self._hears(launch):
             if ends:
                 self._done(launch, time.perf_counter())
             self._end(event)
 
+    def _hears(self, launch: Event) -> bool:
+        """Whether the trace is on, and in the same use as when the launch happened."""
+        return self.is_on and self._launches.get(launch.key) is launch
+
     def _done(self, launch: Event, moment: float) -> None:
         """A communication is known to be over; the first that says so is right."""
         with self._lock:
-            if not self.is_on or launch.key in self._over:
+            if launch.key in self._over or not self._hears(launch):
                 return
             self._over.add(launch.key)
             end = moment - self._start
