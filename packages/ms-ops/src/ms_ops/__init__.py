@@ -33,6 +33,7 @@ from .registry import (
     verdicts,
 )
 from .rope import rope, rope_freqs
+from .softmax import scaled_masked_softmax
 
 __version__ = "0.1.0"
 
@@ -89,6 +90,7 @@ __all__ = [
     "rms_norm_with_rstd",
     "rope",
     "rope_freqs",
+    "scaled_masked_softmax",
     "set_backend",
     "swiglu",
     "unregister_backend",

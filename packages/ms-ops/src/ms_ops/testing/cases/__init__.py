@@ -10,8 +10,10 @@ FAMILIES = (
     "activation",
     "attention",
     "matmul",
+    "moe",
     "norm",
     "rope",
+    "softmax",
 )
 
 OPERATORS: dict[str, OpTest] = {

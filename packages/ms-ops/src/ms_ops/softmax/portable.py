@@ -1,0 +1,37 @@
+"""Softmax under a mask on torch's own softmax kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..device import compute_dtype, upcast
+from ..registry import Backend, Facts, Kernel
+from .reference import left_out
+
+
+def forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """Return y as the reference does."""
+    scores = upcast(x) * scale
+    out = left_out(x, mask, causal)
+    if out is None:
+        return torch.softmax(scores, -1).to(x.dtype).contiguous()
+    y = torch.softmax(scores.masked_fill(out, -torch.inf), -1)
+    # A row that is all masked is 0 / 0; elsewhere masked places are 0 already.
+    return y.masked_fill(out, 0.0).to(x.dtype).contiguous()
+
+
+def backward(dy: Tensor, y: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """Return dx from the saved y; where that is 0, dx is 0 too."""
+    wide = upcast(y)
+    dx = torch.ops.aten._softmax_backward_data(upcast(dy), wide, -1, compute_dtype(y.dtype))
+    return (dx * scale).to(y.dtype).contiguous()
+
+
+def _supports(facts: Facts) -> str | None:
+    if facts.device == "npu":
+        return "torch's own kernels for NPU tensors belong to the backend 'npu'"
+    return None
+
+
+BACKEND = Backend("portable", 90, {"scaled_masked_softmax": Kernel(forward, backward, _supports)})
