@@ -21,6 +21,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.collectives",
     "mindspeed.features.level0.cross_entropy",
     "mindspeed.features.level0.cuda_only",
+    "mindspeed.features.level0.jit",
     "mindspeed.features.level0.megatron_lm",
     "mindspeed.features.level0.moe",
     "mindspeed.features.level0.norm",
