@@ -13,7 +13,7 @@ __all__ = ["Event", "Log", "union"]
 Kind = Literal["compute", "launch", "wait", "comm", "mark"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     """One interval; seconds since the trace began.
 
@@ -48,32 +48,39 @@ class Event:
 
 @dataclass
 class Log:
-    """Events in order of their begin, and the edges between them in order of occurrence."""
+    """Events in order of their begin, and the edges between them in order of occurrence.
+
+    Edges are kept as parts: names are made when asked for, not while the program runs.
+    """
 
     events: list[Event] = field(default_factory=list)
-    edges: list[tuple[str, float]] = field(default_factory=list)
+    edges: list[tuple[str, Event, float]] = field(default_factory=list)
 
-    def place(self, edge: str) -> int:
+    def names(self) -> list[str]:
+        """`edge:name#index` of every edge."""
+        return [f"{edge}:{event.key}" for edge, event, _ in self.edges]
+
+    def place(self, wanted: str) -> int:
         """Where `edge:name#index` stands in the order; `#index` may lack if there is only one.
 
         Raises:
             LookupError: it did not happen, or several times and no number is given.
         """
-        places = [place for place, (known, _) in enumerate(self.edges) if matches(known, edge)]
+        names = self.names()
+        places = [place for place, known in enumerate(names) if matches(known, wanted)]
         if len(places) == 1:
             return places[0]
         if places:
             raise LookupError(
-                f"{edge!r} happened {len(places)} times: say which, {edge}#0 to #{len(places) - 1}"
+                f"{wanted!r} happened {len(places)} times: say which, "
+                f"{wanted}#0 to #{len(places) - 1}"
             )
-        _, _, name = edge.partition(":")
-        same = [known for known, _ in self.edges if matches(known.partition(":")[2], name)]
-        known_names = sorted(
-            {known.partition(":")[2].rpartition("#")[0] for known, _ in self.edges}
-        )
+        name = wanted.partition(":")[2]
+        same = [known for known in names if matches(known.partition(":")[2], name)]
+        others = sorted({event.name for _, event, _ in self.edges})
         raise LookupError(
-            f"{edge!r} did not happen; of that name: {', '.join(same) or 'nothing'}; "
-            f"names in the trace: {', '.join(known_names)}"
+            f"{wanted!r} did not happen; of that name: {', '.join(same) or 'nothing'}; "
+            f"names in the trace: {', '.join(others)}"
         )
 
     def of(self, name: str, *kinds: Kind) -> list[Event]:

@@ -100,8 +100,8 @@ class EventTrace(tap.Meter):
                 self._launches[self._open.key] = self._open
         elif func._schema.name == "_c10d_functional::wait_tensor":
             self._open = self._begin_wait(self._launch_of(args[0]))
-        elif self._ops and _computes(func):
-            self._open = self._begin(func._schema.name.replace("::", "."), "compute")
+        elif self._ops and (name := _computes(func)):
+            self._open = self._begin(name, "compute")
 
     def after(
         self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
@@ -146,14 +146,14 @@ class EventTrace(tap.Meter):
         where = tap.module() if module is None else module
         event = Event(name, kind, now, now, group, index, phase(), where)
         self._log.events.append(event)
-        self._log.edges.append((f"{'launch' if kind == 'launch' else 'begin'}:{event.key}", now))
+        self._log.edges.append(("launch" if kind == "launch" else "begin", event, now))
         return event
 
     def _end(self, event: Event) -> None:
         event.end = time.perf_counter() - self._start
         if event.kind != "launch":
             edge = "waited" if event.kind == "wait" else "end"
-            self._log.edges.append((f"{edge}:{event.key}", event.end))
+            self._log.edges.append((edge, event, event.end))
 
     def _begin_wait(self, launch: Event | None) -> Event | None:
         if launch is None or not self._hears(launch):
@@ -162,7 +162,7 @@ class EventTrace(tap.Meter):
         event = replace(launch, kind="wait", begin=now, end=now)
         event.phase, event.module = phase(), tap.module()
         self._log.events.append(event)
-        self._log.edges.append((f"wait:{event.key}", now))
+        self._log.edges.append(("wait", event, now))
         return event
 
     @contextmanager
@@ -186,7 +186,7 @@ class EventTrace(tap.Meter):
                 return
             self._over.add(launch.key)
             end = moment - self._start
-            self._log.edges.append((f"done:{launch.key}", end))
+            self._log.edges.append(("done", launch, end))
             self._log.events.append(replace(launch, kind="comm", end=end))
 
     def _forward_began(self, module: nn.Module, args: Any) -> None:
@@ -222,7 +222,7 @@ class EventTrace(tap.Meter):
     @property
     def edges(self) -> tuple[str, ...]:
         """`edge:name#index` of everything in the order in which it happened."""
-        return tuple(edge for edge, _ in self._log.edges)
+        return tuple(self._log.names())
 
     def order(self, *edges: str) -> tuple[str, ...]:
         """The given edges in the order in which they happened."""
@@ -258,7 +258,7 @@ class EventTrace(tap.Meter):
         """
         launch = self._launched(name)
         waits = [event.begin for event in self._log.of(launch.key, "wait")]
-        limits = [*waits[:1], self.completed(launch.key), self._log.edges[-1][1]]
+        limits = [*waits[:1], self.completed(launch.key), self._log.edges[-1][2]]
         if by is None:
             work = [(e.begin, e.end) for e in self._log.events if e.kind == "compute"]
         else:
@@ -266,8 +266,7 @@ class EventTrace(tap.Meter):
         return union(work, launch.end, min(limit for limit in limits if limit is not None))
 
     def _launched(self, name: str) -> Event:
-        key = self._log.edges[self._log.place(f"launch:{name}")][0].partition(":")[2]
-        return self._log.of(key, "launch")[0]
+        return self._log.edges[self._log.place(f"launch:{name}")][1]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON; `start` is the time of the epoch at 0 seconds."""
@@ -313,9 +312,10 @@ def _tensors(things: Any) -> Iterator[torch.Tensor]:
 
 
 @cache
-def _computes(func: OpOverload) -> bool:
-    """Whether an operator does work: it is no view and belongs to no book-keeping."""
-    if func.namespace in ("_c10d_functional", "c10d", "profiler"):
-        return False
+def _computes(func: OpOverload) -> str:
+    """Name of an operator that does work: it is no view and belongs to no book-keeping."""
     returned = (value.alias_info for value in func._schema.returns)
-    return not any(alias is not None and not alias.is_write for alias in returned)
+    view = any(alias is not None and not alias.is_write for alias in returned)
+    if view or func.namespace in ("_c10d_functional", "c10d", "profiler"):
+        return ""
+    return str(func._schema.name).replace("::", ".")
