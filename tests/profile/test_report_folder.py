@@ -221,3 +221,25 @@ def test_faults_of_a_summary(tmp_path, change, fault):
     path.write_text(json.dumps({**SUMMARY, **change}))
     with pytest.raises(report.TraceError, match=fault):
         report.summarise(tmp_path)
+
+
+def test_a_meter_is_saved_where_the_reader_looks(tmp_path):
+    folder = tmp_path / "new" / "profile"
+    assert report.save(comm_record(1), folder).name == "rank1.comm.json"
+    bare = {name: value for name, value in memory_record().items() if name != "rank"}
+    assert report.save(bare, folder, rank=2).name == "rank2.memory.json"
+    assert report.save(flops_record(), folder).name == "rank0.flops.json"
+    found = report.summarise(tmp_path)
+    assert [rank.rank for rank in found.ranks] == [0, 1, 2]
+    assert found.ranks[2].memory.bytes == 96
+    # The first file stays, and the second is the newer one.
+    assert report.save({**flops_record(), "by_module": {}}, folder).name == "rank0.flops.1.json"
+    assert report.summarise(tmp_path).ranks[0].flops == {}
+    with pytest.raises(ValueError, match="no kind of record is named 'steps'"):
+        report.save({"kind": "steps"}, folder)
+    with pytest.raises(TypeError, match="a meter or its as_dict"):
+        report.save([], folder)
+    with pytest.raises(ValueError, match="the record is of rank 1, not of rank 0"):
+        report.save(comm_record(1), folder, rank=0)
+    with pytest.raises(ValueError, match="rank is -1"):
+        report.save(flops_record(), folder, rank=-1)

@@ -86,6 +86,20 @@ def test_two_runs_lie_over_each_other(tmp_path, drawn):
     ]
 
 
+def test_by_operators_the_curve_is_the_same_each_time(tmp_path, drawn):
+    slower = memory_record()
+    slower["timeline"] = [[index, 3 * at, live] for index, at, live in slower["timeline"]]
+    first, second = (
+        report.memory_curve(record, tmp_path / f"{name}.svg", by="operator").read_bytes()
+        for name, record in (("a", memory_record()), ("b", slower))
+    )
+    assert first == second
+    assert list(drawn[0].axes[0].lines[0].get_xdata()) == [0, 1, 2]
+    assert drawn[0].axes[0].get_xlabel() == "operators run"
+    with pytest.raises(ValueError, match="by must be 'time' or 'operator'"):
+        report.memory_curve(slower, tmp_path / "c.svg", by="module")
+
+
 def check_matrix(tmp_path, drawn):
     records = [comm_record(0, 3), comm_record(1, 3), comm_record(2, 3)]
     records[2]["calls"][0] = {**records[2]["calls"][0], "group": "tp", "to": {"0": 4096}}

@@ -32,6 +32,7 @@ _PUBLIC = {
     "print_memory": "tables",
     "print_summary": "overview",
     "read_run": "run",
+    "save": "meters",
     "summarise": "run",
     "timeline": "pictures",
 }

@@ -82,7 +82,7 @@ def find(path: str | os.PathLike[str]) -> Folder:
         )
     if len(found) > 1:
         names = ", ".join(sorted(str(folder.relative_to(root)) for folder in found)[:8])
-        raise TraceError(path, f"holds {len(found)} profiles, name one of them: {names}")
+        raise TraceError(path, f"holds {len(found)} profiles, name one, or two to compare: {names}")
     return _scan(found[0])
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+from ms_profile.files import make_folder, write_new
 from ms_profile.report import names
 from ms_profile.report.intervals import Interval, length, subtract, union
 from ms_profile.report.stream import integer, number
@@ -38,6 +42,32 @@ def record(data: object, kind: str) -> Record:
         raise ValueError(f"version {version!r} of a {kind} record is not known, only {VERSION}")
     _CHECKS[kind](data)
     return data
+
+
+def save(meter: object, folder: str | os.PathLike[str], rank: int | None = None) -> Path:
+    """Writes the record of a meter where `read_run` and `mindspeed profile` find it.
+
+    Args:
+        meter: A meter, or what its `as_dict()` returned.
+        folder: Made, with mode 0750, if it is not there.
+        rank: For the file's name; by default what the record says, else 0.
+
+    Returns:
+        The new file `rank<R>.<kind>.json`, or with a number if that is taken.
+
+    Raises:
+        TypeError, ValueError: As `record`; also if the folder cannot be made.
+    """
+    data = cast(Any, meter).as_dict() if callable(getattr(meter, "as_dict", None)) else meter
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if kind is not None and kind not in _CHECKS:
+        raise ValueError(f"no kind of record is named {kind!r}; there are {', '.join(_CHECKS)}")
+    found = record(data, str(kind))
+    place = found.get("rank", 0) if rank is None else rank
+    if found.get("rank", place) != place:
+        raise ValueError(f"the record is of rank {found['rank']}, not of rank {rank}")
+    name = f"rank{integer(place, 'rank', high=9_999_999)}.{kind}.json"
+    return write_new(make_folder(folder), name, json.dumps(found))
 
 
 def records(data: object, kind: str) -> list[Record]:
@@ -118,6 +148,7 @@ def _check_memory(data: Record) -> None:
         what = f"marks[{index}]"
         _text(_mapping(mark, what).get("name"), f"{what}.name")
         number(mark.get("seconds"), f"{what}.seconds", low=-1e9, high=1e12)
+        number(mark.get("index", 0), f"{what}.index", low=-1)
 
 
 def _check_events(data: Record) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ms_profile.report import chrome, meters, units
 from ms_profile.report.stream import printable
@@ -65,13 +66,29 @@ def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def memory_curve(data: object, path: str | os.PathLike[str]) -> Path:
+@dataclass(frozen=True)
+class _Axis:
+    """What runs to the right: a factor and a unit for one column of the timelines."""
+
+    column: int
+    factor: float
+    unit: str
+
+    def at(self, point: Sequence[float], begin: Sequence[float]) -> float:
+        """Where a point of the timeline lies."""
+        return (point[self.column] - begin[self.column]) * self.factor
+
+
+def memory_curve(
+    data: object, path: str | os.PathLike[str], *, by: Literal["time", "operator"] = "time"
+) -> Path:
     """Draws live memory over time, the peak marked with its module and moment.
 
     Args:
         data: A MemoryMeter or its `as_dict()`; or a mapping from a label to one of these, to lay
             several runs over each other.
         path: Where to; .svg or .png.
+        by: What runs to the right; by operators a program gives the same picture every time.
 
     Returns:
         The path.
@@ -81,21 +98,23 @@ def memory_curve(data: object, path: str | os.PathLike[str]) -> Path:
         ImportError: matplotlib is not installed.
     """
     target = _checked(path)
+    if by not in ("time", "operator"):
+        raise ValueError(f"by must be 'time' or 'operator', got {by!r}")
     runs = _labelled(data)
     figure = _figure(7, 3.8)
     axes = figure.add_subplot()
     largest = max(max((p[2] for p in run["timeline"]), default=0) for run in runs.values())
     divisor, unit = units.binary_scale(largest)
     longest = max(run["timeline"][-1][1] - run["timeline"][0][1] for run in runs.values())
-    factor, moment = units.time_scale(longest)
+    axis = _Axis(1, *units.time_scale(longest)) if by == "time" else _Axis(0, 1.0, "")
     for color, (label, run) in zip((BLUE, ORANGE, GREEN, PURPLE), runs.items(), strict=False):
-        _curve(axes, run, f"{label}: " if label else "", color, divisor, factor, moment)
-    axes.set_xlabel(f"time ({moment})")
+        _curve(axes, run, f"{label}: " if label else "", color, divisor, axis)
+    axes.set_xlabel(f"time ({axis.unit})" if by == "time" else "operators run")
     axes.set_ylabel(f"live memory ({unit})")
     axes.set_ylim(0, 1.06 * max(largest, 1) / divisor)
     axes.set_xlim(left=0)
     if len(runs) == 1:
-        _marks(axes, next(iter(runs.values())), factor)
+        _marks(axes, next(iter(runs.values())), axis)
     _plain(axes)
     legend = figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     for text in legend.get_texts():
@@ -117,35 +136,30 @@ def _labelled(data: object) -> dict[str, meters.Record]:
 
 
 def _curve(
-    axes: Axes,
-    run: meters.Record,
-    label: str,
-    color: str,
-    divisor: float,
-    factor: float,
-    moment: str,
+    axes: Axes, run: meters.Record, label: str, color: str, divisor: float, axis: _Axis
 ) -> None:
-    begin = run["timeline"][0][1]
-    times = [(point[1] - begin) * factor for point in run["timeline"]]
-    live = [point[2] / divisor for point in run["timeline"]]
-    axes.plot(times, live, drawstyle="steps-post", color=color, linewidth=1.3)
-    axes.fill_between(times, live, step="post", color=color, alpha=0.12, linewidth=0)
+    points = run["timeline"]
+    places = [axis.at(point, points[0]) for point in points]
+    live = [point[2] / divisor for point in points]
+    axes.plot(places, live, drawstyle="steps-post", color=color, linewidth=1.3)
+    axes.fill_between(places, live, step="post", color=color, alpha=0.12, linewidth=0)
     at = max(range(len(live)), key=live.__getitem__)
     peak = run["peak"]
-    place = (str(peak.get(name) or "") for name in ("module", "phase", "op"))
-    words = [units.size(peak["bytes"]), *(printable(each, 40) for each in place if each)]
-    words.append(f"at {times[at]:.3g} {moment}")
-    axes.plot(times[at], live[at], "o", color=color, label=f"{label}peak {', '.join(words)}")
+    names = (str(peak.get(name) or "") for name in ("module", "phase", "op"))
+    words = [units.size(peak["bytes"]), *(printable(each, 40) for each in names if each)]
+    if axis.unit:
+        words.append(f"at {places[at]:.3g} {axis.unit}")
+    axes.plot(places[at], live[at], "o", color=color, label=f"{label}peak {', '.join(words)}")
 
 
-def _marks(axes: Axes, run: meters.Record, factor: float) -> None:
+def _marks(axes: Axes, run: meters.Record, axis: _Axis) -> None:
     """Moments that the user named, if they are few enough to be read."""
     marks = run.get("marks", [])
     if len(marks) > MAX_MARKS:
         return
-    begin = run["timeline"][0][1]
     for mark in marks:
-        at = (mark["seconds"] - begin) * factor
+        moment = (mark.get("index", 0), mark["seconds"])
+        at = axis.at(moment, run["timeline"][0])
         axes.axvline(at, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
             printable(mark["name"], 24),
