@@ -134,8 +134,8 @@ def _check_starts(argument: str, cu: Any, x: Tensor) -> None:
         fail(TypeError, OP, argument, cu.dtype, "torch.int32 or torch.int64")
     if cu.dim() != 1 or cu.shape[0] < 2:
         fail(ValueError, OP, argument, f"shape {tuple(cu.shape)}", "[N + 1] with N of 1 or more")
-    if cu.device.type != "cpu" or type(cu) is not Tensor:
-        return  # The values are elsewhere: reading them would wait for the device.
+    if cu.device.type != "cpu" or type(cu) is not Tensor or torch.compiler.is_compiling():
+        return  # Reading the values would wait for a device, or is not possible at all.
     values = cu.tolist()
     rising = all(a <= b for a, b in itertools.pairwise(values))
     if values[0] != 0 or not rising or values[-1] > x.shape[0]:
