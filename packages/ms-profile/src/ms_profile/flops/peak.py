@@ -47,8 +47,8 @@ PEAKS: dict[str, Mapping[str, float]] = {
     "MI250X": _rates(383.0, 95.7, float64=95.7),
     "MI300X": _rates(1307.4, 163.4, tf32=653.7, float64=163.4, float8=2614.9),
     "ASCEND910": {_FP16: 256.0},
-    "ASCEND910B3": _rates(313.0, 75.0),
-    "ASCEND910B4": _rates(280.0, 75.0),
+    "ASCEND910B3": {_BF16: 313.0, _FP16: 313.0},
+    "ASCEND910B4": {_BF16: 280.0, _FP16: 280.0},
 }
 
 
@@ -98,7 +98,7 @@ def _is_type(text: str) -> bool:
 
 def _best(name: str) -> str:
     """The longest entry that stands in a name as whole words."""
-    words = name.replace("-", " ").replace("_", " ").split()
+    words = name.replace("-", " ").split()
     found = ""
     for key in PEAKS:
         parts = key.split()
