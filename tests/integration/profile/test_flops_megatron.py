@@ -131,7 +131,7 @@ def one_process(rank, world_size):
 
 @pytest.fixture(scope="module")
 def single():
-    return run_ranks(one_process, 1, preload="megatron")[0]
+    return run_ranks(one_process, 1, preload="megatron", timeout=180)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -185,7 +185,7 @@ def every_layout(rank, world_size):
 
 
 def test_ranks_add_up_to_one_process():
-    ranks = run_ranks(every_layout, 2, preload="megatron")
+    ranks = run_ranks(every_layout, 2, preload="megatron", timeout=180)
     for label, (name, _) in LAYOUTS.items():
         summed = [
             sum(getattr(rank[label], phase) for rank in ranks)
