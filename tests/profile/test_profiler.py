@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ms_profile.profiler import Schedule, StepProfiler, kineto, profile
 from ms_profile.profiler.collection import Collection
+from ms_profile.profiler.labels import GroupLabels
 from support.mutation import Mutation, assert_caught
 from support.ranks import run_ranks
 
@@ -176,6 +178,10 @@ def test_existing_results_stay(tmp_path):
         "rank0_steps2-3.pt.trace.json",
         "rank0_steps2-3.summary.json",
     ]
+    # How TensorBoard reads them: one worker, whose second trace has a number.
+    pattern = re.compile(r"^(.*?)(\.\d+)?\.pt\.trace\.json(?:\.gz)?$")
+    found = [pattern.match(name) for name in sorted(os.listdir(tmp_path))]
+    assert [m.groups() for m in found if m] == [("rank0_steps2-3", ".1"), ("rank0_steps2-3", None)]
 
 
 def test_marks_are_in_the_trace_and_cost_nothing_outside(tmp_path):
@@ -313,6 +319,40 @@ def test_a_folder_that_vanishes_is_such_a_failure(tmp_path, caplog):
     (tmp_path / "out").rmdir()
     assert train(profiler, range(1, 9)) == train(profile(2, 4, backend="none"), range(1, 9))
     assert len(caplog.records) == 1
+
+
+def test_beside_another_profiler_it_gives_up_and_leaves_that_one_alone(tmp_path, caplog):
+    plain = train(profile(2, 4, backend="none"), range(1, 9))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as other:
+        assert train(profile(2, 4, out=tmp_path), range(1, 9)) == plain
+    assert len(caplog.records) == 1
+    assert "aten::mm" in {row.key for row in other.key_averages()}
+
+
+def test_a_profiler_is_entered_once(tmp_path):
+    profiler = profile(2, 3, out=tmp_path)
+    train(profiler, range(1, 4))
+    with pytest.raises(RuntimeError, match="make another one"):
+        profiler.__enter__()
+
+
+def test_compiled_regions_stay_compiled_while_groups_are_named():
+    compiled, runs = [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+
+        def run(*arguments):
+            runs.append(len(arguments))
+            return graph(*arguments)
+
+        return run
+
+    double = torch.compile(lambda x: x * 2, backend=backend)
+    double(torch.ones(2))
+    with GroupLabels():
+        assert double(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert (len(compiled), len(runs)) == (1, 2)
 
 
 def test_tracing_changes_no_number(tmp_path):

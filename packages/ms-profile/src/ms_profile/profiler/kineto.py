@@ -59,6 +59,9 @@ class KinetoBackend:
 
     def prepare(self, warmup: int, active: int) -> None:
         """Allocate buffers and load the tracing library, without recording."""
+        if torch._C._autograd._profiler_enabled():
+            # A second one would end the first and take its events away.
+            raise RuntimeError("another profiler of torch is on")
         self._profile.prepare_trace()
 
     def begin(self, iteration: int) -> None:
@@ -104,9 +107,11 @@ class KinetoBackend:
 
     def abandon(self) -> None:
         """Leave no mark and no recording behind."""
-        self.end(0)
-        if self._started:
-            self.stop()
+        try:
+            self.end(0)
+        finally:
+            if self._started:
+                self.stop()
 
 
 def activities(collection: Collection) -> list[ProfilerActivity]:
@@ -135,7 +140,7 @@ def _row(event: Any) -> dict[str, Any]:
         "device_total_us": getattr(event, "device_time_total", 0),
         "self_bytes": event.self_cpu_memory_usage,
         "device_self_bytes": getattr(event, "self_device_memory_usage", 0),
-        "mark": bool(event.is_user_annotation),
+        "mark": bool(getattr(event, "is_user_annotation", False)),
         "async": bool(event.is_async),
     }
     if event.input_shapes:

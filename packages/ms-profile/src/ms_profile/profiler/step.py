@@ -81,6 +81,7 @@ class StepProfiler:
         self._seconds: dict[int, float] = {}
         self._summary: dict[str, Any] | None = None
         self._done = self.backend == "none"
+        self._entered = False
 
     @classmethod
     def from_megatron(
@@ -183,6 +184,9 @@ class StepProfiler:
         return self._summary
 
     def __enter__(self) -> StepProfiler:
+        if self._entered:
+            raise RuntimeError("this profiler has had its window: make another one")
+        self._entered = True
         return self
 
     def __exit__(
