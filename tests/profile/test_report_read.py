@@ -154,6 +154,8 @@ def test_a_label_gives_its_group_to_the_communication_that_follows(tmp_path):
         host_event("gloo:all_reduce", 5, 20, tid=11, **notes),
         host_event("gloo:all_gather", 40, 5, tid=11, **notes),
         host_event("gloo:all_reduce", 30, 30, tid=12, **notes),
+        host_event("reduce_scatter_tensor_coalesced [dp]", 62, 2, **notes),
+        host_event("gloo:all_reduce", 66, 3, tid=11, **notes),
         host_event("gloo:all_reduce", 70, 10, tid=12, **notes),
     ]
     found = read_trace(write_trace(tmp_path / "rank0_steps1-2.pt.trace.json", trace), 0)
@@ -162,6 +164,7 @@ def test_a_label_gives_its_group_to_the_communication_that_follows(tmp_path):
         ("dp", "all_reduce"): 20,
         ("tp", "all_reduce"): 30,
         ("tp", "all_gather"): 5,
+        ("dp", "reduce_scatter"): 3,
         ("", "all_reduce"): 10,
     }
 

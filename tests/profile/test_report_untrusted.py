@@ -116,6 +116,10 @@ def test_limits(tmp_path):
     assert read_trace(path, 0, Limits(trace_bytes=size)).steps == 2
     with pytest.raises(report.TraceError, match="larger than the limit"):
         read_trace(path, 0, Limits(trace_bytes=size - 1))
+    count = len(gpu_trace()["traceEvents"])
+    assert read_trace(path, 0, Limits(trace_events=count)).steps == 2
+    with pytest.raises(report.TraceError, match=f"has more than {count - 1} events"):
+        read_trace(path, 0, Limits(trace_events=count - 1))
     with pytest.raises(ValueError, match="limits must be positive"):
         Limits(trace_bytes=0)
 

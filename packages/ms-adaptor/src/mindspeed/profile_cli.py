@@ -88,7 +88,9 @@ def _limits(size: int | None) -> Limits:
     usual = Limits()
     if size is None:
         return usual
-    return Limits(size, max(usual.record_bytes, size // 8))
+    # The other limits grow with it.
+    times = max(1, size // usual.trace_bytes)
+    return Limits(size, usual.record_bytes * times, usual.trace_events * times)
 
 
 def _show_one(read: Run, options: argparse.Namespace) -> None:

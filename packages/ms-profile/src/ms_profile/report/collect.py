@@ -152,14 +152,17 @@ def with_groups(collector: Collector) -> list[tuple[Transfer, Interval]]:
 
     A label stands where the program asks for a communication; another thread carries it out later.
     The two are matched in order: the first of one operation that begins after a label is its own.
+    Gloo carries out a reduce_scatter as an all_reduce; the label says what it was.
     """
-    labels: dict[str, deque[tuple[int, str]]] = {}
+    labels: dict[str, deque[tuple[int, str, str]]] = {}
     for begin, op, group in sorted(collector.labels):
-        labels.setdefault(op, deque()).append((begin, group))
+        done_as = "all_reduce" if op == "reduce_scatter" else op
+        labels.setdefault(done_as, deque()).append((begin, op, group))
     found = []
     for transfer, interval in sorted(collector.host_transfers, key=lambda each: each[1]):
         waiting = labels.get(transfer.op)
         if waiting and waiting[0][0] <= interval[0]:
-            transfer = replace(transfer, group=waiting.popleft()[1])
+            _, op, group = waiting.popleft()
+            transfer = replace(transfer, op=op, group=group)
         found.append((transfer, interval))
     return found

@@ -47,13 +47,15 @@ class Limits:
     Attributes:
         trace_bytes: Of a trace, both as it lies on disk and unpacked.
         record_bytes: Of a summary, a meter's record or a table, which are held in memory whole.
+        trace_events: Of a trace; a usual event has 200 bytes, so that this is seldom reached first.
     """
 
     trace_bytes: int = 1 << 30
     record_bytes: int = 1 << 27
+    trace_events: int = 1 << 24
 
     def __post_init__(self) -> None:
-        if self.trace_bytes <= 0 or self.record_bytes <= 0:
+        if min(self.trace_bytes, self.record_bytes, self.trace_events) <= 0:
             raise ValueError(f"limits must be positive, got {self}")
 
 

@@ -38,8 +38,11 @@ def read_trace(path: Path, rank: int, limits: Limits | None = None) -> RankSumma
         TraceError: The file cannot be read, is no trace, or holds impossible numbers.
     """
     collector = Collector()
-    events = TraceEvents(path, (limits or Limits()).trace_bytes)
+    limits = limits or Limits()
+    events = TraceEvents(path, limits.trace_bytes)
     for index, event in enumerate(events):
+        if index >= limits.trace_events:
+            raise TraceError(path, f"has more than {limits.trace_events} events; see Limits")
         try:
             collector.add(event)
         except ValueError as error:
