@@ -182,8 +182,16 @@ def attention(
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    bias_grad: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
     """Return (dq, dk, dv) for an output and log-sum-exp that come from outside.
 
     For algorithms that see only some of the keys at a time: `out` and `lse` are those over all
@@ -196,15 +204,23 @@ def attention_backward(
         v: their values.
         out: the output over all keys.
         lse: its log-sum-exp.
-        **options: as in `attention`; the gradients of bias and sink are not returned. With
-            dropout, `dropout_rng` is needed.
+        bias_grad: return the gradient of the bias as the fourth.
+        **options: as in `attention`. With dropout, `dropout_rng` is needed. The gradient of a sink
+            is no sum over parts and is not returned.
+
+    Raises:
+        ValueError: `bias_grad` without a bias, dropout without its seed and offset, and all that
+            `attention` raises.
     """
+    if bias_grad and options.get("bias") is None:
+        raise ValueError("attention: bias_grad: got True without a bias, need a bias or False")
     if options.get("dropout_p") and options.get("dropout_rng") is None:
         raise ValueError("attention: dropout_rng: got None, need the seed and offset of forward")
     args = prepare(q, k, v, **options)
     call = Call(*args[3:])._replace(sink=None)  # The sink is in the log-sum-exp.
-    grads = OPERATOR.backward(dout, *args[:3], out, lse, *call, False, "")
-    return grads[0], grads[1], grads[2]
+    grads = OPERATOR.backward(dout, *args[:3], out, lse, *call, bias_grad, "")
+    found: tuple[Tensor, ...] = grads[: 4 if bias_grad else 3]
+    return found
 
 
 OPERATOR = define_op(
