@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from ms_profile.memory import MemoryMeter
 from support.mutation import Mutation, assert_caught
@@ -333,12 +334,38 @@ def test_sparse_parts_count():
 
 
 def test_one_device_only():
-    with MemoryMeter(device="meta") as meta, MemoryMeter() as both:
+    with MemoryMeter(device="meta") as meta, MemoryMeter() as both, MemoryMeter(device="cuda:1"):
         a = torch.zeros(10, device="meta") + 1
         b = torch.zeros(10)
         assert (meta.live, both.live) == (40, 80)
         assert both.mark("now").by_device == {"meta": 40, "cpu": 40}
         del a, b
+
+
+def test_one_of_several_devices_of_a_type():
+    with FakeTensorMode():
+        given = torch.zeros(5, device="cuda:1"), torch.zeros(5, device="cuda:0")
+        with (
+            MemoryMeter(*given, device="cuda:1") as one,
+            MemoryMeter(*given, device="cuda") as both,
+        ):
+            a = torch.zeros(10, device="cuda:0")
+            b = torch.zeros(20, device="cuda:1")
+            assert (one.live, both.live) == (100, 160)
+            assert both.snapshot().by_device == {"cuda:0": 60, "cuda:1": 100}
+        del a, b
+
+
+def test_a_backward_that_follows_other_work_is_judged():
+    """A logger may run without gradients before it, and a first gradient (here kept) be given."""
+    x = torch.randn(T, H, requires_grad=True)
+    with MemoryMeter() as meter:
+        y = (x * 1).exp()
+        grad = torch.ones(T, H)
+        with torch.no_grad():
+            y.sum()
+        y.backward(grad)
+        assert (meter.saved_peak, meter.saved_total) == (2 * X, 2 * X)
 
 
 def test_nested_meters_agree_and_the_same_meter_is_refused():

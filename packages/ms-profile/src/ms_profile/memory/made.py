@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from ms_profile.memory.census import StorageCensus, storages, tensors_of
 
-__all__ = ["Made", "made_by"]
+__all__ = ["Made", "is_on", "made_by"]
 
 Made = tuple[Tensor, torch.UntypedStorage]
 
@@ -25,7 +25,7 @@ def made_by(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     out: Any,
-    device: str | None,
+    device: torch.device | None,
 ) -> Sequence[Made]:
     """The new storages among an operator's results, each once, with a tensor that shows it.
 
@@ -38,11 +38,11 @@ def made_by(
         args: its positional arguments.
         kwargs: its named arguments.
         out: its result.
-        device: only tensors on devices of this type; None: on all.
+        device: see `is_on`.
     """
     found: dict[int, Made] = {}
     for tensor in (out,) if isinstance(out, Tensor) else tensors_of(out):
-        if device is not None and tensor.device.type != device:
+        if not is_on(tensor, device):
             continue
         for storage in storages(tensor):
             held = census.held.get(id(storage))
@@ -52,6 +52,14 @@ def made_by(
             elif func is _LIFT or not _among(storage, args, kwargs):
                 found[id(storage)] = tensor, storage
     return list(found.values()) if found else ()
+
+
+def is_on(tensor: Tensor, device: torch.device | None) -> bool:
+    """Whether a tensor is on a device, on any of its type if it has no number; on any if None."""
+    if device is None:
+        return True
+    place = tensor.device
+    return place.type == device.type and device.index in (None, place.index)
 
 
 def _among(storage: torch.UntypedStorage, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

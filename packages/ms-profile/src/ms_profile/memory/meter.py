@@ -15,7 +15,7 @@ from typing_extensions import Self
 from ms_profile import tap
 from ms_profile.memory.census import Held, Kind, storages, tensors_of
 from ms_profile.memory.kept import KeptForBackward
-from ms_profile.memory.made import Made, made_by
+from ms_profile.memory.made import Made, is_on, made_by
 from ms_profile.memory.owners import Owners
 from ms_profile.memory.records import Holding, Mark, Peak, Snapshot, Timeline
 from ms_profile.memory.watch import Moment, PeakWatch
@@ -26,6 +26,7 @@ __all__ = ["MemoryMeter"]
 _SEED = torch.ops.aten.ones_like.default
 # Questions of a fake tensor about itself; a real one asks none.
 _NO_OPERATOR = torch.ops.prim.device.default
+_IN_BACKWARD = ("backward", "recompute")
 
 
 class MemoryMeter(tap.Meter):
@@ -46,8 +47,9 @@ class MemoryMeter(tap.Meter):
     Args:
         given: modules, optimizers and tensors that exist already and shall count. An optimizer is
             anything with `param_groups` and `state`.
-        exclude: modules and tensors that shall not count, whenever they are made.
-        device: count only what is on devices of this type ("cuda", "npu", "cpu"); None: on all.
+        exclude: modules and tensors that exist already and shall not count; their gradients do,
+            and are known as such.
+        device: count only what is on this device ("cuda:1"), or on all of its type ("cuda").
         resizes: look through all storages for sizes changed by `UntypedStorage.resize_` at every
             new peak (True), only at marks (False), or at every new peak as long as there are few
             storages or such a change was seen, else at some (None). A change that is seen late
@@ -67,7 +69,7 @@ class MemoryMeter(tap.Meter):
         self,
         *given: Any,
         exclude: nn.Module | Tensor | Sequence[nn.Module | Tensor] = (),
-        device: str | None = None,
+        device: torch.device | str | None = None,
         resizes: bool | None = None,
         points: int = 1 << 16,
         sample_every: int = 1,
@@ -76,7 +78,7 @@ class MemoryMeter(tap.Meter):
             raise ValueError(f"MemoryMeter: sample_every: got {sample_every}, need 1 or more")
         excluded = (exclude,) if isinstance(exclude, nn.Module | Tensor) else tuple(exclude)
         self._owners = Owners(given, excluded)
-        self._device = device
+        self._device = None if device is None else torch.device(device)
         self._resizes = resizes
         self._points = points
         self._every = sample_every
@@ -91,11 +93,10 @@ class MemoryMeter(tap.Meter):
         self._start = time.perf_counter()
         self._index = 0
         self._last_live = -1
-        self._phase = ""
+        self._phase = "other"
         self._highest: dict[str, int] = {}
         self._made: Counter[str] = Counter()
         self._seed: Held | None = None
-        self._to_identify = 0
         self._marks: list[Mark] = []
         self._kept = KeptForBackward()
 
@@ -113,7 +114,7 @@ class MemoryMeter(tap.Meter):
 
         Read it between forward and backward, when no module is running: what the forward made is
         then held by the autograd graph or by the caller. What the caller holds counts unless
-        `mark(outputs=...)` or `exclude` names it.
+        `mark(outputs=...)` has named it.
         """
         self._identify()
         return sum(held.nbytes for held in self._census if held.kind == "activation")
@@ -301,26 +302,22 @@ class MemoryMeter(tap.Meter):
             self._highest[module] = live
 
     def _follow(self, tensor: Tensor, kind: Kind) -> None:
-        if self._device is None or tensor.device.type == self._device:
+        if is_on(tensor, self._device):
             birth = ("", "", "", -1, tensor.shape, tensor.dtype, tensor.device)
             for storage in storages(tensor):
                 if self._census.find(storage) is None:
                     self._census.add(storage, kind, birth)
 
     def _phase_changes(self, phase: str) -> None:
-        before, self._phase = self._phase, phase
-        outside = phase in ("forward", "other")
-        if before == "forward" and not outside:
+        was_inside, inside = self._phase in _IN_BACKWARD, phase in _IN_BACKWARD
+        self._phase = phase
+        if inside and not was_inside:
             if self._seed is not None:
                 self._seed.kind = "other"
             self._peak.sweep()
             self._kept.judge(self._census)
-        # Gradients are in place after backward, an optimizer's states after its first step.
-        if not outside:
-            self._to_identify = 2
-        elif self._to_identify and (before != "other" or phase == "forward"):
-            self._to_identify -= 1
-            self._identify()
+        elif was_inside and not inside:
+            self._identify()  # gradients may be gone when somebody asks
 
     def _identify(self) -> None:
         """Brings sizes up to date and names what has turned out to be a gradient or a state."""
