@@ -69,7 +69,7 @@ def grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | N
     dout = torch.zeros_like(out) if dout is None else dout
     given: tuple[Tensor, ...] = (dout, q, k, v, out)
     if dlse is not None:
-        given = _with_lse_gradient(*given, dlse, ctx.numbers[-1])
+        given = _with_lse_gradient(dout, q, k, v, out, dlse, ctx.numbers[-1])
     bias_grad = bool(ctx.needs_input_grad[3])
     grads = OPERATORS[OP].backward(*given, lse, *tensors, *ctx.numbers, bias_grad, ctx.backend)
     dv = grads[2][..., : v.shape[-1]]

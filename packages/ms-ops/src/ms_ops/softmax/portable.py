@@ -25,7 +25,8 @@ def backward(dy: Tensor, y: Tensor, mask: Tensor | None, scale: float, causal: b
     """Return dx from the saved y; where that is 0, dx is 0 too."""
     wide = upcast(y)
     dx = torch.ops.aten._softmax_backward_data(upcast(dy), wide, -1, compute_dtype(y.dtype))
-    return (dx * scale).to(y.dtype).contiguous()
+    scaled: Tensor = (dx * scale).to(y.dtype).contiguous()
+    return scaled
 
 
 def _supports(facts: Facts) -> str | None:
