@@ -135,13 +135,20 @@ def test_training_that_ends_inside_the_window_leaves_what_there_was(tmp_path):
 
 @pytest.mark.parametrize(
     ("iterations", "why"),
-    [(range(1, 4), "ended before"), (range(30, 33), "began at 30"), ((), "no iteration ran")],
+    [
+        (range(1, 4), "ended before"),
+        (range(1, 5), "ended before"),  # in the warm-up
+        (range(30, 33), "began at 30"),
+        ((), "no iteration ran"),
+    ],
 )
 def test_a_window_that_never_comes_is_said(iterations, why, tmp_path, caplog):
     train(profile(5, 9, out=tmp_path), iterations)
     assert os.listdir(tmp_path) == []
     (message,) = caplog.messages
     assert why in message
+    train(profile(2, 3, out=tmp_path), range(1, 4))  # nothing was left on
+    assert traced_steps(tmp_path) == [2]
 
 
 # ---- what is in the files

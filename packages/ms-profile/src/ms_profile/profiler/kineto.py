@@ -42,6 +42,7 @@ class KinetoBackend:
         self._labels = collection.level > 0 and _has_gloo() and GroupLabels.is_usable()
         self._scope = ExitStack()
         self._mark: AbstractContextManager[Any] | None = None
+        self._prepared = False
         self._started = False
         self._profile = torch.profiler.profile(
             activities=activities(collection),
@@ -63,6 +64,7 @@ class KinetoBackend:
             # A second one would end the first and take its events away.
             raise RuntimeError("another profiler of torch is on")
         self._profile.prepare_trace()
+        self._prepared = True
 
     def begin(self, iteration: int) -> None:
         """Start recording with the first iteration, and mark each one for the viewers."""
@@ -87,8 +89,8 @@ class KinetoBackend:
 
     def stop(self) -> None:
         """Stop recording; on a device this waits for what it still runs."""
-        self._started = False
         self._profile.stop_trace()
+        self._prepared = self._started = False
 
     def export(self, folder: Path, stem: str) -> Sequence[Path]:
         """Write one Chrome trace, complete or not at all."""
@@ -110,8 +112,11 @@ class KinetoBackend:
         try:
             self.end(0)
         finally:
-            if self._started:
-                self.stop()
+            if self._prepared:
+                if not self._started:
+                    # What the preparation holds is given up by a stop, which needs a start.
+                    self._profile.start_trace()
+                self._profile.stop_trace()
 
 
 def activities(collection: Collection) -> list[ProfilerActivity]:
