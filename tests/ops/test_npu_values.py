@@ -40,10 +40,10 @@ def test_errors(op):
     testing.check_errors(op, "npu")
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_compiled_with_dynamic_shapes(op):
+def test_compiled_with_dynamic_shapes():
+    op = "rms_norm"
     samples = [
-        testing.find_sample(op, name, torch.float32) for name in testing.OPERATORS[op].resized[:1]
+        testing.find_sample(op, name, torch.float32) for name in testing.OPERATORS[op].resized
     ]
     testing.check_compiled(op, samples, "npu")
 

@@ -198,7 +198,7 @@ class _Returned(TorchDispatchMode):
     """Keeps what our custom ops return, before autograd casts a gradient to its input's dtype."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: list[tuple[str, Tensor]] = []
 
     def __torch_dispatch__(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,7 @@ from . import readings as _readings
 from .readings import Readings
 
 # Modules of this folder that hold KERNELS, functions by the operator's qualified name.
-FAMILIES = ("activation", "norm", "rope")
-# The same code gives shapes on meta tensors, for tracing.
-KEYS = ("CPU", "Meta")
+FAMILIES = ("activation", "attention", "norm", "rope")
 
 
 @cache
@@ -35,9 +33,19 @@ def recorded_schemas() -> dict[str, str]:
     return schemas
 
 
+class Called(NamedTuple):
+    """A call of an emulated operator: its qualified name and the arguments given, by name."""
+
+    name: str
+    given: dict[str, Any]
+
+
 @contextmanager
-def emulated_npu(readings: Readings | None = None) -> Iterator[None]:
+def emulated_npu(readings: Readings | None = None) -> Iterator[list[Called]]:
     """Define the emulated operators and offer the backends "npu" for CPU tensors in a block.
+
+    Yields:
+        The calls of emulated operators so far.
 
     Raises:
         RuntimeError: the real torch_npu is loaded, or an emulation is on already.
@@ -47,10 +55,11 @@ def emulated_npu(readings: Readings | None = None) -> Iterator[None]:
     if hasattr(torch.ops.npu, "npu_rms_norm"):
         raise RuntimeError("emulated_npu: already on")
     _readings.push(readings or Readings())
-    libraries = _define()
+    calls: list[Called] = []
+    libraries = _define(calls)
     served = [name for name in registry.operators() if _offer(name)]
     try:
-        yield
+        yield calls
     finally:
         for name in served:
             ms_ops.unregister_backend(name, "npu")
@@ -67,7 +76,7 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _define() -> list[torch.library.Library]:
+def _define(calls: list[Called]) -> list[torch.library.Library]:
     libraries = {}
     for name, schema in recorded_schemas().items():
         namespace, op = name.split("::")
@@ -75,9 +84,22 @@ def _define() -> list[torch.library.Library]:
             libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
         library = libraries[namespace]
         library.define(schema.removeprefix(f"{namespace}::"))
-        for key in KEYS:
-            library.impl(op, _kernels()[name], key)
+        library.impl(op, _noted(name, _kernels()[name], calls), "CPU")
+        # The same code gives shapes on meta tensors, for tracing.
+        library.impl(op, _kernels()[name], "Meta")
     return list(libraries.values())
+
+
+def _noted(name: str, kernel: Callable[..., Any], calls: list[Called]) -> Callable[..., Any]:
+    base, _, overload = name.partition(".")
+    schema = torch._C._get_schema(base, overload)
+    names = [argument.name for argument in schema.arguments]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls.append(Called(name, dict(zip(names, args, strict=False)) | kwargs))
+        return kernel(*args, **kwargs)
+
+    return run
 
 
 def _offer(name: str) -> bool:

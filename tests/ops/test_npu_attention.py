@@ -1,0 +1,143 @@
+"""Attention's NPU backend beyond the shared samples: which kernel and which mask it asks for."""
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+
+import ms_ops
+from ms_ops import testing
+from ms_ops.testing import Sample, maker
+from ms_ops.testing.npu import Readings, emulated_npu
+
+
+def asked(calls):
+    """Version, sparse mode and type of the position term of torch_npu's operators called."""
+    return [
+        (
+            call.name.removeprefix("npu::npu_fusion_attention"),
+            call.given.get("sparse_mode", 0),
+            call.given.get("pse_type", 1),
+        )
+        for call in calls
+    ]
+
+
+def sample(name, dtype=torch.float32):
+    make = maker(dtype, "cpu")
+
+    def dense(rows=7, keys=7, heads=4):
+        return make(2, rows, heads, 8), make(2, keys, 2, 8), make(2, keys, 2, 8)
+
+    def pack(tokens=13, heads=4):
+        return make(tokens, heads, 8), make(tokens, 2, 8), make(tokens, 2, 8)
+
+    slopes = ms_ops.alibi_slopes(4)
+    starts = {"layout": "thd", "cu_seqlens_q": torch.tensor([0, 4, 4, 13], dtype=torch.int32)}
+    lower = {"causal": True, "window": (3, None)}
+    prefix = ms_ops.MaskSpec(right=0, align="lower_right", prefix=(1, 2, 6))
+    band = ms_ops.MaskSpec(left=2, right=1, align="lower_right")
+    calls = {
+        "causal": (dense(), {"causal": True}),
+        "upper_left": (dense(5, 9), {"causal": True, "causal_align": "upper_left"}),
+        "lower_right": (dense(5, 9), {"causal": True}),
+        "band": (dense(5, 9), {"mask": band}),
+        "upper_band": (dense(5, 9), {"window": (2, 1), "causal_align": "upper_left"}),
+        "prefix": (dense(5, 9), {"mask": ms_ops.MaskSpec(prefix=(1, 7), **vars_of(prefix))}),
+        "alibi": (dense(), {"alibi_slopes": slopes, "causal": True, "kv_start": 2}),
+        "alibi_sqrt": (dense(), {"alibi_slopes": slopes.expand(2, 4), "alibi_sqrt": True}),
+        "unscaled_bias": (dense(), {"bias": make(7, 7)}),
+        "scaled_bias": (dense(), {"bias": make(7, 7), "bias_scaled": True}),
+        "pack_window": (pack(), {**starts, **lower}),
+        "pack_prefix": (pack(), {**starts, "mask": prefix}),
+        "pack_sink": (pack(), {**starts, "causal": True, "sink": make(4)}),
+        "pack_spare": (pack(16), {**starts, "causal": True}),
+    }
+    args, kwargs = calls[name]
+    return Sample(name, args, {"return_lse": True, **kwargs}, (0, 1, 2))
+
+
+def vars_of(spec):
+    return {"right": spec.right, "align": spec.align}
+
+
+# Version, sparse mode and type of the position term of the forward call.
+EXPECTED = {
+    "causal": ("", 3, 1),
+    "upper_left": ("", 2, 1),
+    "lower_right": ("", 3, 1),
+    "band": ("", 4, 1),
+    "upper_band": ("", 1, 1),
+    "prefix": ("", 6, 1),
+    "alibi": ("_v2", 3, 2),
+    "alibi_sqrt": ("_v2", 0, 3),
+    "unscaled_bias": ("_v2", 0, 0),
+    "scaled_bias": ("", 0, 1),
+    "pack_window": ("", 4, 1),
+    "pack_prefix": ("", 6, 1),
+    "pack_sink": ("", 3, 1),
+    "pack_spare": ("", 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_kernel_and_mask(name):
+    with emulated_npu() as calls:
+        one = sample(name)
+        with ms_ops.backend(attention="npu"):
+            tensors = [t.detach().requires_grad_() for t in one.args]
+            out, _ = ms_ops.attention(*tensors, **one.kwargs)
+            out.backward(torch.randn_like(out))
+        version, mode, kind = EXPECTED[name]
+        assert asked(calls) == [(version, mode, kind), (f"_grad{version}", mode, kind)]
+        for dtype in (torch.float32, torch.bfloat16):
+            testing.check_values("attention", sample(name, dtype), "npu")
+            testing.check_fake("attention", sample(name, dtype), "npu")
+
+
+@pytest.mark.parametrize("reading", ["zero", "uniform"])
+def test_rows_without_keys_whatever_the_kernel_gives_there(reading):
+    with emulated_npu(Readings(empty_rows=reading)):
+        for name in ("mask", "lower_right_12x5", "band_outside", "mask_causal_gqa"):
+            one = testing.find_sample("attention", name, torch.float32)
+            testing.check_values("attention", one, "npu")
+
+
+def test_a_trace_asks_for_the_version_whose_numbers_are_tensors():
+    torch._dynamo.reset()
+    one = testing.find_sample("attention", "gqa_causal", torch.float32)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    with emulated_npu(), ms_ops.backend(attention="npu"):
+        compiled = torch.compile(ms_ops.attention, fullgraph=True, backend=backend)
+        tensors = [t.detach().requires_grad_() for t in one.args]
+        out, lse = compiled(*tensors, **one.kwargs)
+        out.backward(torch.ones_like(out))
+        eager = ms_ops.attention(*one.args, **one.kwargs)
+    torch.testing.assert_close((out, lse), eager)
+    names = {str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function"}
+    assert {
+        "npu.npu_fusion_attention_v3.default",
+        "npu.npu_fusion_attention_grad_v3.default",
+    } <= names
+
+
+def test_lengths_are_read_once_and_again_after_a_change():
+    from ms_ops.attention.npu_mask import ends_of
+
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert ends_of(starts) == [2, 5]
+    assert ends_of(starts) is ends_of(starts)
+    starts[1] = 3
+    assert ends_of(starts) == [3, 5]
+
+
+def test_what_is_declined_says_why():
+    q = torch.randn(2, 5, 4, 8)
+    with emulated_npu():
+        verdicts = ms_ops.explain("attention", q, q, q, dropout_p=0.5)
+    assert "npu (priority 10): the kernel draws its dropout from a stream of its own" in verdicts
