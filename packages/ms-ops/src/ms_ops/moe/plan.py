@@ -1,4 +1,4 @@
-"""Where the rows of a routing map come from."""
+"""Where the rows of a routing map come from and where they go back to."""
 
 from __future__ import annotations
 
@@ -11,40 +11,63 @@ from ..checks import fail
 
 
 class Rows(NamedTuple):
-    """What a routing map says of the permuted rows.
+    """Token and expert of each permuted row, [rows] each."""
 
-    `place` [rows] is a row's place t * E + e in the flattened map, `by_token` [rows] lists the
-    rows in the order of their tokens.
-    """
-
-    place: Tensor
-    by_token: Tensor
+    token: Tensor
+    expert: Tensor
 
 
 def rows_of(routing_map: Tensor, rows: int, drop_and_pad: bool) -> Rows:
-    """Sort the map's entries by expert."""
-    experts = max(routing_map.shape[1], 1)
+    """Read the map expert by expert."""
+    tokens, experts = routing_map.shape
     if drop_and_pad:
-        place = _padded(routing_map, rows)
-        return Rows(place, (place // experts).argsort(stable=True))
-    places = _places(routing_map, rows)
+        order = (~routing_map).to(torch.int8).argsort(dim=0, stable=True)[: rows // experts]
+        expert = torch.arange(experts, device=order.device).expand_as(order)
+        return Rows(order.t().reshape(-1), expert.t().reshape(-1))
+    if is_plain(routing_map):
+        found = routing_map.t().nonzero()
+        _compare(found.shape[0], rows)
+        return Rows(found[:, 1], found[:, 0])
+    # The number of rows is given, so nothing is read from the device.
+    places = (~routing_map.t().reshape(-1)).to(torch.int8).argsort(stable=True)[:rows]
+    return Rows(places % max(tokens, 1), places // max(tokens, 1))
+
+
+def order_by_token(token: Tensor, tokens: int) -> Tensor:
+    """Return the rows sorted by token."""
     # The smaller the integers, the faster they are sorted.
-    key = places % experts
-    order = (key.to(torch.int16) if experts < 2**15 else key).argsort(stable=True)
-    return Rows(places[order], inverse(order))
+    return (token.to(torch.int16) if tokens < 2**15 else token).argsort(stable=True)
 
 
-def rows_by(
-    sorted_indices: Tensor, routing_map: Tensor, drop_and_pad: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the places of the rows in the order of their tokens, and that order in int64.
-
-    Cheaper than `rows_of`, because the order is known.
-    """
-    by_token = sorted_indices.long()
+def tokens_in_order(sorted_indices: Tensor, routing_map: Tensor, drop_and_pad: bool) -> Tensor:
+    """Return the token of each row, the rows sorted by token."""
+    count = sorted_indices.shape[0]
     if drop_and_pad:
-        return _padded(routing_map, by_token.shape[0])[by_token], by_token
-    return _places(routing_map, by_token.shape[0]), by_token
+        return rows_of(routing_map, count, True).token[sorted_indices.long()]
+    tokens = torch.arange(routing_map.shape[0], device=routing_map.device)
+    return tokens.repeat_interleave(routing_map.sum(1), output_size=count)
+
+
+def starts_of(sorted_indices: Tensor, routing_map: Tensor, drop_and_pad: bool) -> Tensor:
+    """Return where the rows of each token start in `sorted_indices`, in its dtype."""
+    if drop_and_pad:
+        ordered = tokens_in_order(sorted_indices, routing_map, True)
+        tokens = torch.arange(routing_map.shape[0], device=ordered.device)
+        return torch.searchsorted(ordered, tokens).to(sorted_indices.dtype)
+    sizes = routing_map.sum(1, dtype=sorted_indices.dtype)
+    return sizes.cumsum(0, dtype=sorted_indices.dtype) - sizes
+
+
+def places_in_order(sorted_indices: Tensor, routing_map: Tensor, drop_and_pad: bool) -> Tensor:
+    """Return the place t * E + e of each row in the flattened map, the rows sorted by token."""
+    count = sorted_indices.shape[0]
+    if drop_and_pad:
+        token, expert = rows_of(routing_map, count, True)
+        return (token * routing_map.shape[1] + expert)[sorted_indices.long()]
+    flat = routing_map.reshape(-1)
+    if is_plain(flat):
+        return flat.nonzero().squeeze(1)
+    return (~flat).to(torch.int8).argsort(stable=True)[:count]
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -68,21 +91,3 @@ def _compare(entries: int, rows: int) -> None:
     if entries != rows:
         need = f"{entries}, the True entries of routing_map"
         fail(ValueError, "moe_permute_map", "num_out_tokens", rows, need)
-
-
-def _places(routing_map: Tensor, rows: int) -> Tensor:
-    """Return the places of the True entries, in order."""
-    flat = routing_map.reshape(-1)
-    if is_plain(flat):
-        places = flat.nonzero().squeeze(1)
-        _compare(places.shape[0], rows)
-        return places
-    # The number of rows is given, so nothing is read from the device.
-    return (~flat).to(torch.int8).argsort(stable=True)[:rows]
-
-
-def _padded(routing_map: Tensor, rows: int) -> Tensor:
-    """Return the places of the rows when every expert has the same number of them."""
-    experts = routing_map.shape[1]
-    order = (~routing_map).to(torch.int8).argsort(dim=0, stable=True)[: rows // experts]
-    return (order * experts + torch.arange(experts, device=order.device)).t().reshape(-1)

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..device import upcast
 from ..registry import Backend, Kernel
 from .index_form import topk
-from .plan import inverse, is_plain, rows_by, rows_of
+from .plan import (
+    inverse,
+    is_plain,
+    order_by_token,
+    places_in_order,
+    rows_of,
+    starts_of,
+    tokens_in_order,
+)
 from .rows import combine, spread
 
 
@@ -51,10 +59,10 @@ def permute_map(
     tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, drop_and_pad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (permuted, permuted_probs, sorted_indices)."""
-    place, by_token = rows_of(routing_map, rows, drop_and_pad)
-    permuted = tokens.index_select(0, place // max(routing_map.shape[1], 1))
-    permuted_probs = tokens.new_empty(0) if probs is None else probs.reshape(-1)[place]
-    return permuted, permuted_probs, by_token.to(torch.int32)
+    token, expert = rows_of(routing_map, rows, drop_and_pad)
+    permuted_probs = tokens.new_empty(0) if probs is None else probs[token, expert]
+    order = order_by_token(token, routing_map.shape[0])
+    return tokens.index_select(0, token), permuted_probs, order.to(torch.int32)
 
 
 def permute_map_backward(
@@ -65,13 +73,13 @@ def permute_map_backward(
     drop_and_pad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the tokens and of probs (empty without probs)."""
-    place, by_token = rows_by(sorted_indices, routing_map, drop_and_pad)
-    dtokens = combine(dpermuted, by_token, _starts(place, routing_map), None)
+    where = (sorted_indices, routing_map, drop_and_pad)
+    dtokens = combine(dpermuted, sorted_indices, starts_of(*where), None)
     if dpermuted_probs is None:
         return dtokens, dpermuted.new_empty(0)
-    dprobs = dpermuted_probs.new_zeros(routing_map.numel())
-    dprobs = dprobs.scatter(0, place, dpermuted_probs[by_token])
-    return dtokens, dprobs.view(routing_map.shape)
+    flat = dpermuted_probs.new_zeros(routing_map.numel())
+    flat = flat.scatter_(0, places_in_order(*where), dpermuted_probs[sorted_indices.long()])
+    return dtokens, flat.view(routing_map.shape)
 
 
 def unpermute_map(
@@ -82,9 +90,9 @@ def unpermute_map(
     drop_and_pad: bool,
 ) -> Tensor:
     """Return the weighted sum of each token's rows."""
-    place, by_token = rows_by(sorted_indices, routing_map, drop_and_pad)
-    weights = None if probs is None else probs.reshape(-1)[place]
-    return combine(permuted, by_token, _starts(place, routing_map), weights)
+    where = (sorted_indices, routing_map, drop_and_pad)
+    weights = None if probs is None else probs.reshape(-1)[places_in_order(*where)]
+    return combine(permuted, sorted_indices, starts_of(*where), weights)
 
 
 def unpermute_map_backward(
@@ -96,12 +104,16 @@ def unpermute_map_backward(
     drop_and_pad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of permuted and of probs (empty when permuted is None)."""
-    by_token_place, by_token = rows_by(sorted_indices, routing_map, drop_and_pad)
-    place = torch.empty_like(by_token_place).scatter_(0, by_token, by_token_place)
-    weight = None if probs is None else probs.reshape(-1)[place]
+    where = (sorted_indices, routing_map, drop_and_pad)
+    by_token = sorted_indices.long()
+    if probs is None:
+        tokens = tokens_in_order(*where)
+        token = torch.empty_like(by_token).scatter_(0, by_token, tokens)
+        return spread(dout, token, None, None)[0], dout.new_empty(0)
+    place = torch.empty_like(by_token).scatter_(0, by_token, places_in_order(*where))
     token = place // max(routing_map.shape[1], 1)
-    dpermuted, dots = spread(dout, token, weight, permuted)
-    if dots is None or probs is None:
+    dpermuted, dots = spread(dout, token, probs.reshape(-1)[place], permuted)
+    if dots is None:
         return dpermuted, dout.new_empty(0)
     return dpermuted, _scatter(probs, place, dots)
 
@@ -132,13 +144,6 @@ def _sum_masked(rows: Tensor, slots: Tensor, probs: Tensor | None) -> Tensor:
     if probs is not None:
         picked = picked * probs.to(wide.dtype).unsqueeze(-1)
     return picked.sum(1).to(rows.dtype)
-
-
-def _starts(place: Tensor, routing_map: Tensor) -> Tensor:
-    """Return where the rows of each token start in the tokens' order."""
-    tokens, experts = routing_map.shape
-    first = torch.arange(tokens, device=place.device) * max(experts, 1)
-    return torch.searchsorted(place, first)
 
 
 def _scatter(like: Tensor, place: Tensor, values: Tensor) -> Tensor:
