@@ -336,6 +336,18 @@ def test_beside_another_profiler_it_gives_up_and_leaves_that_one_alone(tmp_path,
     assert "aten::mm" in {row.key for row in other.key_averages()}
 
 
+def test_another_profiler_inside_the_window_ends_the_trace(tmp_path, caplog):
+    with profile(2, 4, out=tmp_path) as profiler:
+        for iteration in range(1, 6):
+            profiler.step(iteration)
+            if iteration == 2:
+                with torch.profiler.profile() as other:
+                    torch.ones(3)
+    assert "aten::ones" in {row.key for row in other.key_averages()}
+    assert "which ended this one" in caplog.text
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_profiler_is_entered_once(tmp_path):
     profiler = profile(2, 3, out=tmp_path)
     train(profiler, range(1, 4))

@@ -89,8 +89,14 @@ class KinetoBackend:
 
     def stop(self) -> None:
         """Stop recording; on a device this waits for what it still runs."""
-        self._profile.stop_trace()
+        self._stop_trace()
+
+    def _stop_trace(self) -> None:
         self._prepared = self._started = False
+        if not torch._C._autograd._profiler_enabled():
+            # Reading what is no more there would end the process.
+            raise RuntimeError("another profiler of torch was switched on, which ended this one")
+        self._profile.stop_trace()
 
     def export(self, folder: Path, stem: str) -> Sequence[Path]:
         """Write one Chrome trace, complete or not at all."""
@@ -116,7 +122,7 @@ class KinetoBackend:
                 if not self._started:
                     # What the preparation holds is given up by a stop, which needs a start.
                     self._profile.start_trace()
-                self._profile.stop_trace()
+                self._stop_trace()
 
 
 def activities(collection: Collection) -> list[ProfilerActivity]:
