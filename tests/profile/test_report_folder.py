@@ -7,6 +7,7 @@ import pytest
 
 from ms_profile import report
 from ms_profile.report.folder import find
+from support.mutation import Mutation, assert_caught
 from support.traces import comm_record, flops_record, gpu_trace, memory_record, write_trace
 
 US = pytest.approx
@@ -99,18 +100,31 @@ def test_windows_of_one_rank_add_up(folder):
     assert first.comm_times[0].bytes == 4 * 4096
 
 
-def test_links_are_not_followed(folder, tmp_path):
-    secret = write_trace(tmp_path / "elsewhere.json", gpu_trace())
-    path = folder / "rank0_steps10-12.pt.trace.json.gz"
-    path.unlink()
-    path.with_suffix("").symlink_to(secret)
-    (tmp_path / "away").mkdir()
-    write_trace(tmp_path / "away" / "rank7_steps1-2.pt.trace.json", gpu_trace())
-    (folder.parent / "away").symlink_to(tmp_path / "away", target_is_directory=True)
+def check_links(folder):
+    """A link in the folder, and one to a folder, lead nowhere."""
+    elsewhere = folder.parent.parent / "away"
+    elsewhere.mkdir(exist_ok=True)
+    write_trace(elsewhere / "rank7_steps1-2.pt.trace.json", gpu_trace())
+    link = folder / "rank5_steps10-12.pt.trace.json"
+    for path, target in (
+        (link, elsewhere / "rank7_steps1-2.pt.trace.json"),
+        (folder.parent / "more", elsewhere),
+    ):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
     found = report.summarise(folder.parent)
     assert [rank.rank for rank in found.ranks] == [0, 1]
-    assert "is a symbolic link, which is not followed" in found.problems[0]
-    assert found.ranks[0].kinds is None
+    assert found.missing == (5,)
+    assert found.problems == (f"{link}: is a symbolic link, which is not followed",)
+
+
+def test_links_are_not_followed(folder):
+    check_links(folder)
+
+
+def test_a_followed_link_is_noticed(folder):
+    mutation = Mutation("follows", "ms_profile.report.stream:_open", "os.O_NOFOLLOW", "0")
+    assert_caught(mutation, lambda: check_links(folder))
 
 
 def test_folders_that_are_none(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch.distributed as dist
 import ms_profile
 from mindspeed.cli import main
 from ms_profile import report
-from ms_profile.files import write_new
 from ms_profile.report.averages import read_averages
 from support.ranks import run_ranks
 from support.traces import flops_record, gpu_trace, write_trace
@@ -35,9 +35,10 @@ def train(rank, world_size, folder):
     meters = ms_profile.MemoryMeter(model), ms_profile.CommMeter(), ms_profile.FlopMeter()
     with meters[0], meters[1], meters[2]:
         step()
-    for meter in meters:
-        data = meter.as_dict()
-        write_new(profiler.folder, f"rank{rank}.{data['kind']}.json", json.dumps(data))
+    with ms_profile.EventTrace() as trace:
+        step()
+    for meter in (*meters, trace):
+        report.save(meter, folder, rank)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,8 @@ def test_figures_are_those_of_key_averages_and_of_the_meters(profiled, capsys):
         forward = 2 * 4 * 8 * 16 * 2
         assert sum(p.get("forward", 0) for p in rank["flops"].values()) == forward
         assert rank["memory"]["bytes"] > 0
+        modules = {row["module"] for row in rank["modules"]}  # of the events: no stacks here
+        assert {"Sequential.0", "Sequential.1", "Sequential.2"} <= modules
 
 
 def test_tables_of_a_run(profiled, capsys):
@@ -100,14 +103,16 @@ def test_tables_of_a_run(profiled, capsys):
     assert re.search(r"dp +│ all_reduce +│ +8 │", out)
     assert re.search(r"operators by self time on the host, 3 of \d+, all ranks", out)
     assert re.search(r"│ 1 +│ +2-3 │", out)
+    assert "FLOPs by module, 2 of 2, all ranks" in out
+    assert "modules by self time, 3 of" in out
 
 
 def test_pictures_of_a_run(profiled, capsys, tmp_path):
     status, _, err = run(capsys, profiled, "--json", "--picture", tmp_path / "new" / "pictures")
     assert status == 0
     made = sorted(path.name for path in (tmp_path / "new" / "pictures").iterdir())
-    assert made == ["communication.svg", "memory.svg"]
-    assert err.count("drawn: ") == 2
+    assert made == ["communication.svg", "memory.svg", "timeline.json", "timeline.svg"]
+    assert err.count("drawn: ") == 4
 
 
 def test_two_runs_are_compared(profiled, capsys, tmp_path):
@@ -165,9 +170,18 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path, capsys):
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):
     write_trace(tmp_path / "rank0_steps1-2.pt.trace.json", gpu_trace())
+    assert "time by module: not recorded" in run(capsys, tmp_path)[1]
     status, _, err = run(capsys, tmp_path, "--json", "--picture", tmp_path / "pictures")
     assert status == 2
     assert "nothing to draw" in err
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_pictures_without_matplotlib(profiled, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = run(capsys, profiled, "--json", "--picture", tmp_path / "pictures")
+    assert status == 1
+    assert "pictures need matplotlib: pip install 'ms-profile[report]'" in err
 
 
 def test_a_larger_limit_can_be_set(tmp_path, capsys):

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ms_profile.report import Limits, Run
@@ -61,13 +61,18 @@ def run(options: argparse.Namespace) -> int:
     if len(options.runs) > 2:
         raise ValueError(f"one or two runs are looked at, got {len(options.runs)}")
     try:
-        from ms_profile import report
+        return _run(options)
     except ModuleNotFoundError as error:
-        print(
-            f"mindspeed profile: {error.name} is not installed; pip install 'mindspeed[profile]'",
-            file=sys.stderr,
-        )
-        return PROBLEM
+        text = f"{error.name} is not installed; pip install 'mindspeed[profile]'"
+    except ImportError as error:
+        text = str(error)  # it names what to install
+    print(f"mindspeed profile: {text}", file=sys.stderr)
+    return PROBLEM
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ms_profile import report
+
     limits = _limits(options.max_size)
     read = [report.read_run(path, limits) for path in options.runs]
     if len(read) == 1:
@@ -116,28 +121,34 @@ def _draw(read: list[Run], folder: Path) -> None:
     """Draws every kind of record that there is; says so if there is none."""
     from ms_profile import report
 
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    names = [f"-{name}" for name in "ab"] if len(read) == 2 else [""]
-    made: list[Path] = []
-    for name, each in zip(names, read, strict=True):
-        comm, events = (each.meters.get(kind) for kind in ("comm", "events"))
-        if comm:
-            made.append(report.communication_matrix(comm, folder / f"communication{name}.svg"))
-        if events:
-            made.append(report.timeline(events, folder / f"timeline{name}.svg"))
-            made.append(report.timeline(events, folder / f"timeline{name}.json"))
-    peaks = {
-        label: max(records.values(), key=lambda record: int(record["peak"]["bytes"]))
-        for label, each in zip("AB", read, strict=False)
-        if (records := {k: r for k, r in each.meters.get("memory", {}).items() if r["timeline"]})
-    }
-    if peaks:
-        one = peaks if len(peaks) > 1 else next(iter(peaks.values()))
-        made.append(report.memory_curve(one, folder / "memory.svg"))
-    if not made:
+    curves = _curves(read)
+    if not curves and not any(each.meters.keys() & {"comm", "events"} for each in read):
         raise ValueError(
-            f"{folder}: nothing to draw, the profile holds no record of a meter "
+            "nothing to draw: the profile holds no record of a meter "
             "(rank<R>.comm.json, rank<R>.memory.json, rank<R>.events.json)"
         )
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    made: list[Path] = []
+    for label, each in zip(("-a", "-b") if len(read) == 2 else ("",), read, strict=True):
+        comm, events = (each.meters.get(kind) for kind in ("comm", "events"))
+        if comm:
+            made.append(report.communication_matrix(comm, folder / f"communication{label}.svg"))
+        if events:
+            made.append(report.timeline(events, folder / f"timeline{label}.svg"))
+            made.append(report.timeline(events, folder / f"timeline{label}.json"))
+    if curves:
+        one = curves if len(curves) > 1 else next(iter(curves.values()))
+        made.append(report.memory_curve(one, folder / "memory.svg"))
     for path in made:
         print(f"drawn: {path}", file=sys.stderr)
+
+
+def _curves(read: list[Run]) -> dict[str, Any]:
+    """Of each run the memory record of the rank with the highest peak."""
+    found = {}
+    for label, each in zip("AB", read, strict=False):
+        memory = each.meters.get("memory", {})
+        records = [record for record in memory.values() if record.get("timeline")]
+        if records:
+            found[label] = max(records, key=lambda record: int(record["peak"]["bytes"]))
+    return found

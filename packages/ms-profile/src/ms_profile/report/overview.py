@@ -37,6 +37,9 @@ def print_summary(run: RunSummary, *, top: int = TOP, console: Console | None = 
     _print_modules(run, top, console)
     _print_comm(run, console)
     _print_peaks(run, console)
+    _print_flops(run, top, console)
+    if not any(rank.modules for rank in run.ranks):
+        say(console, "time by module: not recorded; profile(stack=True) or EventTrace records it")
     for note in run.notes:
         say(console, note)
     if run.missing:
@@ -173,6 +176,21 @@ def _print_peaks(run: RunSummary, console: Console) -> None:
     if rows:
         columns = ("rank", "bytes", "module", "phase", "operator")
         show("memory peak", columns, rows, console, texts=5)
+
+
+def _print_flops(run: RunSummary, top: int, console: Console) -> None:
+    sums: dict[str, int] = {}
+    for module, phases in (item for rank in run.ranks for item in rank.flops.items()):
+        sums[module] = sums.get(module, 0) + sum(phases.values())
+    whole = sum(sums.values())
+    order = sorted(sums, key=lambda name: (-sums[name], name))
+    rows = [
+        (name or "(no module)", units.flops(sums[name]), units.share(sums[name], whole))
+        for name in order[:top]
+    ]
+    if rows:
+        title = f"FLOPs by module, {len(rows)} of {len(order)}, all ranks: {units.flops(whole)}"
+        show(title, ("module", "FLOPs", "share"), rows, console)
 
 
 def print_comparison(found: Comparison, *, top: int = TOP, console: Console | None = None) -> None:
