@@ -136,6 +136,11 @@ def hidden(rank, world_size):
     assert trace.completed("all_reduce#1") >= 0.08
     with LinkDelay(latency=5, group="another"):
         dist.all_reduce(x)
+    linear = torch.nn.Linear(4, 4)
+    model = torch.nn.parallel.DistributedDataParallel(linear)
+    with EventTrace(), LinkDelay(latency=0.01):
+        model(torch.ones(2, 4)).sum().backward()  # C++ takes the future
+    assert torch.equal(linear.weight.grad, torch.full((4, 4), 2.0))
     with LinkDelay(latency=5):
         handle = dist.all_reduce(x, async_op=True)
         assert not handle.is_completed()
@@ -311,6 +316,21 @@ def test_a_second_use_starts_anew_and_hears_nothing_of_the_first():
 def test_union_of_intervals():
     assert union([(0, 2), (1, 3), (5, 9)], 0.5, 6) == 3.5
     assert union([], 0, 1) == 0
+
+
+def done_at_once(rank, world_size):
+    with EventTrace() as trace, LinkDelay(latency=2):
+        dist.all_reduce(torch.ones(2), async_op=True)
+        for _ in range(20):
+            time.sleep(0.02)
+    (launch,) = [event for event in trace.events if event.kind == "launch"]
+    assert trace.completed("all_reduce") is None
+    return launch.end - launch.begin
+
+
+def test_a_slow_link_does_not_hold_up_the_launch():
+    """Of an operation that is over when it is asked for its future."""
+    assert run_ranks(done_at_once, 1)[0] < 1
 
 
 def test_bad_delays():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 from torch.distributed import Work
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -104,11 +106,21 @@ class _DelayedWork(WorkProxy):
         return bool(self._work.is_completed()) and time.perf_counter() >= self._ready
 
     def get_future(self) -> Any:
-        def late(future: Any) -> Any:
-            sleep_until(self._ready)  # in the thread that communicates
-            return future.value()
+        original = super().get_future()
+        delayed: torch.futures.Future[Any] = torch.futures.Future()
 
-        return super().get_future().then(late)
+        # Not by `original.then`: that would sleep in this thread if the original is done.
+        def finish() -> None:
+            try:
+                value = original.wait()
+            except Exception as error:
+                delayed.set_exception(error)
+                return
+            sleep_until(self._ready)
+            delayed.set_result(value)
+
+        threading.Thread(target=finish, daemon=True).start()
+        return delayed
 
 
 def sleep_until(moment: float) -> None:
