@@ -159,7 +159,8 @@ class StepHooks:
         except Exception as error:
             if id(hook) not in self._failed:
                 self._failed.add(id(hook))
-                _log.warning(
+                # Above a warning: training commands hide those of libraries.
+                _log.error(
                     "rank %d: %s failed in %s and is switched off, training goes on: %s: %s",
                     self._rank,
                     type(hook).__name__,
