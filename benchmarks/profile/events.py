@@ -33,6 +33,7 @@ def both():
 def contenders():
     return {
         "off": contextlib.nullcontext,
+        "off again": contextlib.nullcontext,
         "communication": communication_alone,
         "all": EventTrace,
         "with CommMeter": both,
