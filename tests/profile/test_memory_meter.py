@@ -228,6 +228,16 @@ def test_only_every_third_entry_is_measured():
 
 
 def test_after_the_context_nothing_is_followed_but_all_is_readable():
+    goes_on = Mutation(
+        "storages call back after the end",
+        "ms_profile.memory.meter:MemoryMeter.closed",
+        "self._census.stop()",
+        "pass",
+    )
+    assert_caught(goes_on, check_after_the_context)
+
+
+def check_after_the_context():
     calls = []
     with MemoryMeter() as meter:
         a = torch.zeros(10)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from ms_profile.memory import MemoryMeter
+from ms_profile.tap import unmetered
 from support.mutation import Mutation, assert_caught
 
 
@@ -151,6 +152,37 @@ def test_sparse_parts_count():
         assert meter.live == meter.peak.nbytes == 2 * (16 + 8)
         del twice, sparse, indices, values
         assert meter.live == 0
+
+
+class CompiledFunction(torch.autograd.Function):
+    """Stands for a region of torch.compile: its name, and results that no operator made."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with unmetered():
+            inner = x + 1
+            y = inner * inner
+        ctx.save_for_backward(inner, x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_results_of_compiled_regions_count_when_they_are_used():
+    leaf = torch.randn(6, 10, requires_grad=True)
+    with MemoryMeter(exclude=leaf) as meter:
+        y = CompiledFunction.apply(leaf)
+        assert meter.live == 0
+        z = torch.cat([y, y])
+        assert meter.live == 2 * 240 + 480  # the result, what was saved, and this one
+        assert meter.mark("forward", outputs=[y, z]).saved == 240
+        z.sum().backward()
+        del y, z
+        assert meter.leaks() == ()
+    made = [each for each in meter.peak.snapshot.holdings if each.birth.op == "torch.compile"]
+    assert [each.nbytes for each in made] == [240, 240]
 
 
 def test_one_device_only():

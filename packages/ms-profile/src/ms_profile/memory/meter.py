@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from ms_profile import tap
 from ms_profile.memory.census import Held, Kind, storages, tensors_of
+from ms_profile.memory.compiled import compiled_results
 from ms_profile.memory.kept import KeptForBackward
 from ms_profile.memory.made import Made, is_on, made_by
 from ms_profile.memory.owners import Owners
@@ -26,6 +27,8 @@ __all__ = ["MemoryMeter"]
 _SEED = torch.ops.aten.ones_like.default
 # Questions of a fake tensor about itself; a real one asks none.
 _NO_OPERATOR = torch.ops.prim.device.default
+_COMPILED = "torch.compile"
+_IN_FORWARD = ("forward", "recompute")
 _IN_BACKWARD = ("backward", "recompute")
 
 
@@ -270,6 +273,10 @@ class MemoryMeter(tap.Meter):
         if phase != self._phase:
             self._phase_changes(phase)
         self._seed = None
+        if phase in _IN_FORWARD:
+            compiled = compiled_results(census, args, self._device)
+            if compiled:
+                self._add(compiled, _COMPILED, phase)
         made = made_by(census, func, args, kwargs, out, self._device)
         if made:
             self._add(made, func, phase)
@@ -279,14 +286,14 @@ class MemoryMeter(tap.Meter):
         self._index += 1
         return out
 
-    def _add(self, made: Sequence[Made], func: OpOverload, phase: str) -> None:
+    def _add(self, made: Sequence[Made], func: OpOverload | str, phase: str) -> None:
         census = self._census
         nbytes = 0
         for _, storage in made:
             nbytes += storage.nbytes()
         certain = self._peak.expects(nbytes)
         module = tap.module()
-        kind: Kind = "activation" if phase in ("forward", "recompute") else "other"
+        kind: Kind = "activation" if phase in _IN_FORWARD else "other"
         index = self._index
         for tensor, storage in made:
             birth = (func, module, phase, index, tensor.shape, tensor.dtype, tensor.device)
