@@ -71,12 +71,14 @@ def groups(rank):
     return tp[rank // 2], dp[rank % 2]
 
 
-def step(model, x, dp):
-    """Gradients are reduced while backward goes on, as soon as each is there."""
+def step(model, x, dp, wait=False):
+    """Gradients are reduced as soon as each is there, while backward goes on unless it waits."""
     works = []
 
     def reduce(parameter):
         works.append(dist.all_reduce(parameter.grad, group=dp, async_op=True))
+        if wait:  # else it is chance at which operator the other thread lets go of its memory
+            works.pop().wait()
 
     handles = [p.register_post_accumulate_grad_hook(reduce) for p in model.parameters()]
     model(x).square().mean().backward()
@@ -97,21 +99,22 @@ def train(rank, world_size, recompute, folder):
             model.zero_grad()
     meters = [MemoryMeter(model), CommMeter(), FlopMeter()]
     with meters[0], meters[1], meters[2]:
-        step(model, x, dp)
+        step(model, x, dp, wait=True)
     for meter in meters:
         report.save(meter, folder, rank)
 
 
 def overlap(rank, world_size, folder):
-    """Gradients travel on a link that takes 10 ms for each, while backward goes on."""
+    """Gradients travel on a link that takes 5 ms for each, while backward goes on."""
     torch.manual_seed(0)
     group = dist.new_group(list(range(world_size)), group_desc="dp")
-    model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
-    x = torch.randn(1024, 256)
-    step(model, x, group)
-    model.zero_grad()
+    parts = [nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(3)]
+    model, x = nn.Sequential(*parts), torch.randn(512, 256)
+    for _ in range(2):
+        step(model, x, group)
+        model.zero_grad()
     dist.barrier()
-    with EventTrace() as trace, LinkDelay(latency=0.01), trace.mark("step"):
+    with EventTrace() as trace, LinkDelay(latency=0.005), trace.mark("step"):
         step(model, x, group)
     report.save(trace, folder, rank)
 
