@@ -98,3 +98,11 @@ def test_bf16_agrees_within_its_rounding():
 
 def test_dropout_keeps_megatrons_attention_and_its_numbers():
     check({"attention_dropout": 0.3}, 1)
+
+
+def test_window_flags_reach_the_layers():
+    losses = []
+    for flags in ((), (("pre_tokens", 5),), (("pre_tokens", 4), ("next_tokens", 1))):
+        (found,) = run_ranks(train, 1, {"feature_flags": flags}, 1, preload="megatron", env=EAGER)
+        losses.append(found[0])
+    assert losses[0] != losses[1] != losses[2]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed.features.ops import attention, rms_norm, rope, swiglu
+from mindspeed.features.ops import attention, attention_window, rms_norm, rope, swiglu
 from support.ranks import run_ranks
 
 
@@ -65,6 +65,10 @@ def attention_results(rank, world_size, options, mask_type, masked, layer):
         ({}, "padding", "documents", 1),
         ({}, "arbitrary", "triangle", 1),
         ({"apply_query_key_layer_scaling": True}, "causal", None, 3),
+        ({"window_size": (3, 0)}, "causal", None, 1),
+        ({"window_size": (4, 1)}, "causal", "documents", 1),
+        ({"window_size": (3, 0), "window_attn_skip_freq": 2}, "causal", None, 2),
+        ({"softmax_type": "off-by-one"}, "causal", None, 1),
     ],
 )
 def test_attention(options, mask_type, masked, layer):
@@ -112,10 +116,73 @@ def test_what_the_operator_lacks_stays_with_megatron():
         "plain": False,
         "dropout": True,
         "dropout_in_eval": False,
-        "softmax_offset": True,
-        "window": True,
+        "softmax_offset": False,
+        "window": False,
         "padding_causal": True,
     }
+
+
+def packed_results(rank, world_size):
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mindspeed.features.ops.attention_module import FusedAttention
+
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(9, n, 8) for n in (4, 2, 2))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    module = FusedAttention(config(), 1, AttnMaskType.causal, "self")
+    out = module(q, k, v, None, packed_seq_params=packed)
+    apart = [
+        module(*(t[a:b].unsqueeze(1) for t in (q, k, v)), None).squeeze(1)
+        for a, b in ((0, 4), (4, 9))
+    ]
+    bias = torch.randn(1, 4, 9, 9)
+    biased = module(*(t.unsqueeze(1) for t in (q, k, v)), None, attention_bias=bias)
+    failures = []
+    full = FusedAttention(config(), 1, AttnMaskType.padding, "self")
+    padded = {"cu_seqlens_q_padded": starts, "cu_seqlens_kv_padded": starts}
+    dropping = FusedAttention(config(attention_dropout=0.1), 1, AttnMaskType.causal, "self")
+    for wrong, params in (
+        (full, PackedSeqParams("thd", starts, starts, **padded)),
+        (module, PackedSeqParams("bshd", starts, starts)),
+        (dropping, packed),
+    ):
+        try:
+            wrong(q, k, v, None, packed_seq_params=params)
+        except ValueError as error:
+            failures.append(str(error))
+    return out, torch.cat(apart), biased.shape, failures
+
+
+def test_packed_sequences_and_bias():
+    out, apart, shape, failures = in_megatron(packed_results)
+    torch.testing.assert_close(out, apart, rtol=1e-6, atol=1e-6)
+    assert shape == (9, 1, 32)
+    needs = ("need none: the padding", "need 'thd'", "need attention_dropout 0")
+    assert len(failures) == len(needs)
+    assert all(need in text for need, text in zip(needs, failures, strict=True))
+
+
+def test_window_flags_become_the_window_size():
+    from mindspeed.features.ops import attention_window as feature
+
+    assert feature.window({}) is None
+    assert feature.window({"pre_tokens": 65536, "next_tokens": 0, "sparse_mode": 2}) is None
+    assert feature.window({"sparse_mode": 4}) == (65536, 0)
+    assert feature.window({"pre_tokens": 128}) == (128, 0)
+    assert feature.window({"pre_tokens": 8, "next_tokens": 2, "sparse_mode": 4}) == (8, 2)
+
+    def original(args, config_class=None):
+        return SimpleNamespace(window_size=None, config_class=config_class)
+
+    build = feature.wrap_config(original)
+    assert build(SimpleNamespace(), str).window_size is None
+    config = build(SimpleNamespace(pre_tokens=8), config_class=str)
+    assert (config.window_size, config.config_class) == ((8, 0), str)
 
 
 def rope_results(rank, world_size, kwargs, width):
@@ -258,6 +325,8 @@ def test_norms_of_other_libraries_stay():
         (attention, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         (attention, {"seq_length": 32}, "expect no gain"),
         (attention, {"seq_length": 1024}, "pays from"),
+        (attention_window, {"seq_length": 100}, "nothing is saved"),
+        (attention_window, {"seq_length": 100, "pre_tokens": 9}, "10% of the keys"),
         (rms_norm, {"normalization": "LayerNorm"}, "nothing changes"),
         (rms_norm, {"normalization": "RMSNorm"}, "pays at every size"),
         (rope, {"position_embedding_type": "none"}, "nothing to rotate"),

@@ -31,6 +31,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.rng",
     "mindspeed.features.level0.transformer_engine",
     "mindspeed.features.ops.attention",
+    "mindspeed.features.ops.attention_window",
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",
     "mindspeed.features.ops.swiglu",

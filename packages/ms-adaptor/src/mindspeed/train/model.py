@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed.features.ops.attention_window import window
 from mindspeed.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _shape_options(config: TrainConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "init_method_std": model.init_method_std,
         "gated_linear_unit": model.swiglu,
+        "window_size": window(config.plan_values()),
     }
     if model.swiglu:
         options["activation_func"] = torch.nn.functional.silu

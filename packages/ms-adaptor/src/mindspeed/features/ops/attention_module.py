@@ -18,8 +18,9 @@ _PLAIN = (AttnMaskType.no_mask, AttnMaskType.padding, AttnMaskType.arbitrary)
 class FusedAttention(DotProductAttention):
     """Megatron's module with another forward.
 
-    Whatever the fused operator does not do (dropout while training, a softmax with an offset,
-    sliding windows, attention bias) runs the original forward, with the same numbers as before.
+    Dropout while training runs the original forward: its random numbers are Megatron's, and on a
+    CPU it is the faster one. All else is the operator's: windows, a softmax with an offset, and
+    what the original refuses, packed sequences and a bias.
     """
 
     def forward(
@@ -39,41 +40,67 @@ class FusedAttention(DotProductAttention):
             key: [s, b, groups, d].
             value: [s, b, groups, dv].
             attention_mask: bool, broadcasts to [b, heads, sq, sk], True where a query must NOT
-                attend; None for the mask that the module was built for.
+                attend; None for the mask that the module was built for. Not read beside a window,
+                as in Megatron.
             attn_mask_type: not read, as in Megatron: the module's own type counts.
-            attention_bias: refused by Megatron.
-            packed_seq_params: refused by Megatron.
+            attention_bias: broadcasts to [b, heads, sq, sk], added to the scaled scores.
+            packed_seq_params: starts of packed sequences (format "thd"); query, key and value are
+                then [t, heads, d] and so on.
 
         Returns:
-            [s, b, heads * dv].
+            [s, b, heads * dv], or packed [t, heads * dv].
+
+        Raises:
+            ValueError: packed sequences with dropout, padding inside a pack that is not causal,
+                or another format than "thd".
         """
-        if not self._fused(attention_bias, packed_seq_params):
+        dropout = self.training and self.attention_dropout.p > 0
+        if packed_seq_params is not None:
+            _check_packed(packed_seq_params, dropout)
+            options = {"layout": "thd", **self._packed(packed_seq_params)}
+        elif dropout or self.attn_mask_type not in (*_CAUSAL, *_PLAIN):
             return super().forward(  # type: ignore[no-any-return]
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
-        causal, mask = self._masking(query, key, attention_mask)
-        out = ms_ops.attention(
+        else:
+            options = {"layout": "sbhd", **self._masking(query, key, attention_mask)}
+        out: Tensor = ms_ops.attention(
             query,
             key,
             value,
-            layout="sbhd",
-            causal=causal,
-            causal_align="upper_left",
-            mask=mask,
+            bias=attention_bias,
+            sink=getattr(self, "softmax_offset", None),
             scale=self._scale(),
+            **options,
         )
-        return out.flatten(2)
+        return out.flatten(-2)
 
-    def _fused(self, attention_bias: Tensor | None, packed_seq_params: Any) -> bool:
-        softmax = self.scale_mask_softmax
-        return (
-            attention_bias is None
-            and packed_seq_params is None
-            and not (self.training and self.attention_dropout.p > 0)
-            and getattr(self, "softmax_offset", None) is None
-            and getattr(softmax, "window_size", None) is None
-            and self.attn_mask_type in (*_CAUSAL, *_PLAIN)
+    def _packed(self, packed: Any) -> dict[str, Any]:
+        """Return the mask and the starts of the sequences of a pack."""
+        starts = (packed.cu_seqlens_q, packed.cu_seqlens_kv)
+        padded = (
+            getattr(packed, "cu_seqlens_q_padded", None),
+            getattr(packed, "cu_seqlens_kv_padded", None),
         )
+        causal = self.attn_mask_type in (*_CAUSAL, AttnMaskType.padding_causal)
+        if padded[0] is not None and not causal:
+            raise ValueError(
+                "FusedAttention: cu_seqlens_q_padded: got padding inside a pack without a causal"
+                " mask, need none: the padding would be attended to"
+            )
+        # Under a causal mask no query sees the padding behind its sequence.
+        q, k = (p if p is not None else s for p, s in zip(padded, starts, strict=True))
+        spec = self._window_spec()
+        if spec is None:
+            spec = ms_ops.MaskSpec.causal() if causal else ms_ops.MaskSpec()
+        return {"cu_seqlens_q": q, "cu_seqlens_k": k, "mask": spec}
+
+    def _window_spec(self) -> ms_ops.MaskSpec | None:
+        """Return the sliding window of this layer; it stands for every other mask."""
+        window = getattr(self.scale_mask_softmax, "window_size", None)
+        if window is None:
+            return None
+        return ms_ops.MaskSpec(int(window[0]), int(window[1]), "lower_right")
 
     def _scale(self) -> float:
         # With query-key layer scaling the module divides by the layer's number before the softmax
@@ -83,16 +110,30 @@ class FusedAttention(DotProductAttention):
             scale = scale * self.layer_number
         return float(scale)
 
-    def _masking(
-        self, query: Tensor, key: Tensor, attention_mask: Tensor | None
-    ) -> tuple[bool, Tensor | None]:
-        """Return (causal, mask with True where a query may attend)."""
+    def _masking(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return the mask of a call that is not packed."""
         rows, columns = query.shape[0], key.shape[0]
+        window = self._window_spec()
+        if window is not None:
+            return {"mask": window}
         if attention_mask is None:
-            return self.attn_mask_type in _CAUSAL and rows > 1, None
+            causal = self.attn_mask_type in _CAUSAL and rows > 1
+            return {"causal": causal, "causal_align": "upper_left"}
         if attention_mask.device.type == "cpu" and _is_causal(attention_mask, rows, columns):
-            return True, None
-        return False, ~attention_mask
+            return {"causal": True, "causal_align": "upper_left"}
+        return {"mask": ~attention_mask}
+
+
+def _check_packed(packed: Any, dropout: bool) -> None:
+    if getattr(packed, "qkv_format", "thd") not in ("thd", None):
+        raise ValueError(
+            f"FusedAttention: packed_seq_params: got format {packed.qkv_format!r}, need 'thd'"
+        )
+    if dropout:
+        raise ValueError(
+            "FusedAttention: packed_seq_params: got packed sequences with attention dropout, need"
+            " attention_dropout 0 or sequences that are not packed"
+        )
 
 
 def _is_causal(attention_mask: Tensor, rows: int, columns: int) -> bool:
