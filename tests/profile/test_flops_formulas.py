@@ -388,10 +388,10 @@ def test_peaks():
     assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
     assert peak_flops("NVIDIA L40S") == 362e12 != peak_flops("NVIDIA L40")
     assert peak_flops("NVIDIA H200", torch.float8_e4m3fn) == 1978.9e12
-    assert peak_flops("Ascend910B3", torch.float16) == 313e12
-    for unknown in ("Ascend910B9", "Ascend910_9391", "NVIDIA A10G", "something else"):
+    assert peak_flops("Ascend910", torch.float16) == 256e12
+    for unknown in ("Ascend910B3", "Ascend910_9391", "NVIDIA A10G", "something else"):
         assert peak_flops(unknown) is None
-    assert peak_flops("Ascend910B3", torch.float32) is None
+    assert peak_flops("Ascend910", torch.float32) is None
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.int64) is None
     assert peak_flops("cpu") is None
     assert peak_flops(torch.device("cpu"), torch.float32) is None

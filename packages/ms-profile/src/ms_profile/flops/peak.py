@@ -24,7 +24,7 @@ def _rates(half: float, single: float, **more: float) -> Mapping[str, float]:
 # Part of a product name (upper case) to TFLOP/s by type, the longest match wins. "tf32" is what
 # fp32 products reach when they may round their inputs. Sources: NVIDIA data sheets and architecture
 # white papers of the product (dense figures; half of those stated with sparsity), AMD Instinct data
-# sheets, Huawei's launch figures of Ascend 910 and the specifications of Atlas 800T A2 and 300T A2.
+# sheets, Huawei's launch figure of Ascend 910; of the 910B parts no public figure could be confirmed.
 PEAKS: dict[str, Mapping[str, float]] = {
     "V100": {_FP16: 125.0, _FP32: 15.7, _FP64: 7.8},
     "T4": {_FP16: 65.0, _FP32: 8.1},
@@ -47,8 +47,6 @@ PEAKS: dict[str, Mapping[str, float]] = {
     "MI250X": _rates(383.0, 95.7, float64=95.7),
     "MI300X": _rates(1307.4, 163.4, tf32=653.7, float64=163.4, float8=2614.9),
     "ASCEND910": {_FP16: 256.0},
-    "ASCEND910B3": {_BF16: 313.0, _FP16: 313.0},
-    "ASCEND910B4": {_BF16: 280.0, _FP16: 280.0},
 }
 
 
