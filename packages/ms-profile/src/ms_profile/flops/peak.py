@@ -24,7 +24,7 @@ def _rates(half: float, single: float, **more: float) -> Mapping[str, float]:
 # Part of a product name (upper case) to TFLOP/s by type, the longest match wins. "tf32" is what
 # fp32 products reach when they may round their inputs. Sources: NVIDIA data sheets and architecture
 # white papers of the product (dense figures; half of those stated with sparsity), AMD Instinct data
-# sheets, Huawei's launch figure of Ascend 910; of the 910B parts no public figure could be confirmed.
+# sheets, Huawei's launch figure of Ascend 910; no public figure of the 910B could be confirmed.
 PEAKS: dict[str, Mapping[str, float]] = {
     "V100": {_FP16: 125.0, _FP32: 15.7, _FP64: 7.8},
     "T4": {_FP16: 65.0, _FP32: 8.1},
