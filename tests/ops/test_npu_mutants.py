@@ -30,6 +30,36 @@ MUTANTS = {
          "torch.promote_types(x.dtype, cos.dtype)", "x.dtype", 1),
         ("other channels dropped", "ms_ops.rope.npu:_restore", "== x.shape[-1]", "<= 9999", 1),
     ],
+    "grouped_matmul": [
+        ("kind of the list", "ms_ops.matmul.npu:forward",
+         "group_list_type=0", "group_list_type=1", 1),
+        ("axis that is split", "ms_ops.matmul.npu:backward", "group_type=2", "group_type=0", 1),
+        ("one output a group", "ms_ops.matmul.npu:forward", "split_item=3", "split_item=0", 1),
+        ("bias dropped", "ms_ops.matmul.npu:forward", "bias=rows, ", "", 1),
+        ("ends in int32", "ms_ops.matmul.npu:_ends", "torch.int64", "torch.int32", 1),
+    ],
+    "grouped_matmul_add_": [
+        ("operands swapped", "ms_ops.matmul.npu:grouped_add",
+         "acc, x.contiguous(), dy.contiguous()", "acc, dy.contiguous(), x.contiguous()", 1),
+        ("not transposed", "ms_ops.matmul.npu:grouped_add",
+         "transpose_x=True", "transpose_x=False", 1),
+    ],
+    "matmul_add_": [
+        ("operands swapped", "ms_ops.matmul.npu:add",
+         "dy.contiguous(), x.contiguous()", "x.contiguous(), dy.contiguous()", 1),
+    ],
+    "moe_permute": [
+        ("number of rows dropped", "ms_ops.moe.npu:permute", ", rows, False", ", None, False", 1),
+        ("tokens and choices swapped", "ms_ops.moe.npu:permute_backward",
+         "tokens, dpermuted.dtype, k", "k, dpermuted.dtype, tokens", 1),
+    ],
+    "moe_unpermute": [
+        ("weights dropped", "ms_ops.moe.npu:unpermute", "weights, False", "None, False", 1),
+        ("gradient and rows swapped", "ms_ops.moe.npu:unpermute_backward",
+         "wide, dout.to(wide.dtype).contiguous()", "dout.to(wide.dtype).contiguous(), wide", 1),
+        ("weights rounded", "ms_ops.moe.npu:_alike", "rows.float().contiguous(), probs.float()",
+         "rows.contiguous(), probs.to(rows.dtype)", 1),
+    ],
     "attention": [
         ("mask polarity", "ms_ops.attention.npu_mask:masking", "(~full)", "full", 1),
         ("bounds by v2's names", "ms_ops.attention.npu:_prepare", '"_v2" else', '"" else', 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from . import readings as _readings
 from .readings import Readings
 
 # Modules of this folder that hold KERNELS, functions by the operator's qualified name.
-FAMILIES = ("activation", "attention", "norm", "rope")
+FAMILIES = ("activation", "attention", "matmul", "moe", "norm", "rope")
+# Where ATB's package says that it is installed.
+ATB = "ATB_HOME_PATH"
 
 
 @cache
@@ -55,6 +58,7 @@ def emulated_npu(readings: Readings | None = None) -> Iterator[list[Called]]:
     if hasattr(torch.ops.npu, "npu_rms_norm"):
         raise RuntimeError("emulated_npu: already on")
     _readings.push(readings or Readings())
+    atb = os.environ.setdefault(ATB, "emulated")
     calls: list[Called] = []
     libraries = _define(calls)
     served = [name for name in registry.operators() if _offer(name)]
@@ -65,6 +69,8 @@ def emulated_npu(readings: Readings | None = None) -> Iterator[list[Called]]:
             ms_ops.unregister_backend(name, "npu")
         for library in libraries:
             library._destroy()
+        if atb == "emulated":
+            del os.environ[ATB]
         _readings.pop()
 
 

@@ -1,0 +1,114 @@
+"""Grouped products by torch_npu's kernels, accumulation by ATB's.
+
+The kernel takes the ends of the groups from the device: nothing waits. A list of one group is
+illegal there, one group is a plain product. `matmul_add_` of 16-bit inputs needs ATB, which comes
+with Ascend's NNAL package: without it the composition serves, with an fp32 copy of both inputs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .. import npu
+from ..device import LOW_PRECISION
+from ..registry import Backend, Facts, Kernel
+from . import portable
+
+# What the kernel takes at most: groups, and the last dimension of each operand.
+GROUPS, WIDTH = 1024, 65535
+
+
+def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
+    """Add dy^T x to acc in acc's precision."""
+    if acc.dtype == x.dtype or 0 in (x.numel(), dy.numel()):
+        portable.add(acc, x, dy)
+    else:
+        torch.ops.atb._npu_matmul_add_fp32(dy.contiguous(), x.contiguous(), acc)
+
+
+def grouped_add(acc: Tensor, x: Tensor, dy: Tensor, offsets: Tensor) -> None:
+    """Add x^T dy of each group of rows to acc[e]."""
+    if 0 in (x.numel(), dy.numel()):
+        return
+    if acc.dtype == x.dtype or offsets.shape[0] == 1:
+        acc.add_(backward(dy.to(acc.dtype), x.to(acc.dtype), offsets, False))
+        return
+    # Ends only: some versions of the kernel ignore the kind of the list.
+    npu.op("npu_grouped_matmul_add_")(
+        acc, x.contiguous(), dy.contiguous(), _ends(offsets, x),
+        transpose_x=True, transpose_weight=False, group_type=2, group_list_type=0,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """Return x_e W_e + bias_e for each group of rows."""
+    matrices = weight.transpose(1, 2) if transposed else weight
+    if offsets.shape[0] == 1:
+        return torch.mm(x, matrices[0]) if bias is None else torch.addmm(bias.to(x), x, matrices[0])
+    if bias is None and 0 in (x.numel(), matrices.numel()):
+        return x.new_zeros((x.shape[0], matrices.shape[2]))
+    if not _serves(x, matrices, offsets):
+        return portable.forward(x, weight, offsets, bias, transposed)
+    if not (matrices.is_contiguous() or matrices.transpose(1, 2).is_contiguous()):
+        matrices = matrices.contiguous()
+    # The kernel adds fp16 to fp16, and fp32 to the rest.
+    rows = None if bias is None else [bias if x.dtype is torch.float16 else bias.float()]
+    y: Tensor = npu.op("npu_grouped_matmul")(
+        [x.contiguous()], [matrices], bias=rows, group_list=_ends(offsets, x),
+        split_item=3, group_type=0, group_list_type=0,
+    )[0]  # fmt: skip
+    return y
+
+
+def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Return the gradient of the weights; zero for an empty group."""
+    first, last = (dy, x) if transposed else (x, dy)
+    if 0 in (x.numel(), dy.numel()):
+        return x.new_zeros((offsets.shape[0], first.shape[1], last.shape[1]))
+    if offsets.shape[0] == 1:
+        return (first.t() @ last).unsqueeze(0)
+    dweight: Tensor = npu.op("npu_grouped_matmul")(
+        [first.contiguous().t()], [last.contiguous()], group_list=_ends(offsets, x),
+        split_item=3, group_type=2, group_list_type=0,
+    )[0]  # fmt: skip
+    return dweight
+
+
+def _serves(x: Tensor, matrices: Tensor, offsets: Tensor) -> bool:
+    sizes = (x.shape[1], matrices.shape[2])
+    fits = offsets.shape[0] <= GROUPS and max(sizes) <= WIDTH
+    return fits and 0 not in (x.numel(), matrices.numel())
+
+
+def _ends(offsets: Tensor, like: Tensor) -> Tensor:
+    return offsets.to(like.device, torch.int64, non_blocking=True)
+
+
+def _supports(facts: Facts) -> str | None:
+    if facts.dtype is torch.float16 and facts.option("bias") is torch.float32:
+        return "no fp32 bias beside fp16"
+    return npu.declines(facts)
+
+
+def _supports_add(facts: Facts) -> str | None:
+    low = facts.dtype in LOW_PRECISION and facts.option("acc") is torch.float32
+    if low and "ATB_HOME_PATH" not in os.environ:
+        return "needs Ascend's NNAL package (ATB_HOME_PATH is not set)"
+    return npu.declines(facts)
+
+
+BACKEND = Backend(
+    "npu",
+    npu.PRIORITY,
+    {
+        "matmul_add_": Kernel(add, supports=_supports_add),
+        "grouped_matmul_add_": Kernel(grouped_add, supports=npu.declines),
+        "grouped_matmul": Kernel(forward, backward, _supports),
+    },
+    npu.available,
+)
