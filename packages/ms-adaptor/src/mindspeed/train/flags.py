@@ -155,8 +155,8 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         _row("bias_dropout_fusion", "compile bias, dropout and addition together"),
         _row("cross_entropy_loss_fusion", "compile the cross entropy"),
         _row("apply_rope_fusion", "fused rotary positions (level 1 fills this slot)"),
-        _row("gradient_accumulation_fusion", "add weight gradients in place (needs a kernel)"),
-        _row("moe_permute_fusion", "fused token permutation (needs a kernel)"),
+        _row("gradient_accumulation_fusion", "add weight gradients in place (level 1 can)"),
+        _row("moe_permute_fusion", "fused token permutation (level 1 can)"),
     ),
     "data": (
         _row("data", "text files, or .jsonl with an entry text a line (built-in English text)"),

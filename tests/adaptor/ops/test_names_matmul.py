@@ -1,0 +1,141 @@
+"""The operator names of MindSpeed for products and permutation: signatures, values, errors."""
+
+import inspect
+
+import pytest
+import torch
+
+import ms_ops
+from mindspeed.ops.gmm import npu_gmm, npu_gmm_v2
+from mindspeed.ops.npu_groupmatmul_add import npu_groupmatmul_add_fp32
+from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp16, npu_matmul_add_fp32
+from mindspeed.ops.npu_moe_token_permute import npu_moe_token_permute
+from mindspeed.ops.npu_moe_token_unpermute import npu_moe_token_unpermute
+
+ENDS = torch.tensor([2, 2, 7])
+SIZES = torch.tensor([2, 0, 5])
+
+
+def operands():
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((7, 8), (3, 8, 6), (7, 6))
+    x, weight, dy = (torch.randn(s, generator=generator) for s in shapes)
+    return x.requires_grad_(), torch.nn.Parameter(weight), dy
+
+
+GMM = ["x", "weight", "bias", "group_list", "group_type", "gemm_fusion", "original_weight"]
+SIGNATURES = {
+    npu_gmm: GMM,
+    npu_gmm_v2: GMM,
+    npu_matmul_add_fp32: ["total_input", "grad_output", "grad"],
+    npu_matmul_add_fp16: ["total_input", "grad_output", "grad"],
+    npu_groupmatmul_add_fp32: ["x", "dy", "grouplist", "grad"],
+    npu_moe_token_permute: ["tokens", "indices", "num_out_tokens", "padded_mode"],
+    npu_moe_token_unpermute: [
+        "permuted_tokens",
+        "sorted_indices",
+        "probs",
+        "padded_mode",
+        "restore_shape",
+    ],
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
+def test_signatures(function):
+    assert list(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+def test_options_of_gmm_are_keywords():
+    kinds = [p.kind for p in inspect.signature(npu_gmm).parameters.values()]
+    assert kinds[2:] == [inspect.Parameter.KEYWORD_ONLY] * 5
+
+
+@pytest.mark.parametrize("groups", [ENDS, ENDS.tolist(), None], ids=["tensor", "list", "sizes"])
+def test_gmm_multiplies_groups(groups):
+    x, weight, dy = operands()
+    if groups is None:
+        y = npu_gmm_v2(x, weight, group_list=SIZES)
+    else:
+        y = npu_gmm(x, weight, group_list=groups)
+    want = torch.cat([x[:2] @ weight[0], x[2:] @ weight[2]])
+    torch.testing.assert_close(y, want)
+    got = torch.autograd.grad(y, (x, weight), dy)
+    torch.testing.assert_close(got, torch.autograd.grad(want, (x, weight), dy))
+
+
+def test_gmm_sums_over_groups():
+    x, _, dy = operands()
+    got = npu_gmm(x.detach().t(), dy, group_list=ENDS, group_type=2)
+    want = ms_ops.grouped_matmul_add_(torch.zeros(3, 8, 6), x.detach(), dy, ENDS)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("zero", [None, True, False], ids=["plain", "zeros", "any"])
+def test_gmm_adds_to_the_main_gradient(zero):
+    x, weight, dy = operands()
+    plain = npu_gmm(x, weight, group_list=ENDS)
+    dx, dweight = torch.autograd.grad(plain, (x, weight), dy)
+    weight.main_grad = torch.ones(weight.numel())
+    if zero is not None:
+        weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, zero
+    npu_gmm(
+        x, weight.view(3, 8, 6), group_list=ENDS, gemm_fusion=True, original_weight=weight
+    ).backward(dy)
+    torch.testing.assert_close(x.grad, dx)
+    torch.testing.assert_close(weight.main_grad.view_as(weight), dweight + 1)
+    if zero is None:
+        assert weight.grad is None
+    else:
+        assert weight.grad_added_to_main_grad
+        assert weight.grad.shape == weight.shape
+        assert not zero or not weight.grad.any()
+
+
+def test_gmm_refuses():
+    x, weight, _ = operands()
+    with pytest.raises(ValueError, match="npu_gmm: group_type: got 1, need one of 0, 2"):
+        npu_gmm(x, weight, group_list=ENDS, group_type=1)
+    with pytest.raises(ValueError, match="need a parameter with main_grad"):
+        npu_gmm(x, weight, group_list=ENDS, gemm_fusion=True, original_weight=weight)
+    with pytest.raises(TypeError, match="npu_gmm_v2: group_list: got list"):
+        npu_gmm_v2(x, weight, group_list=SIZES.tolist())
+    with pytest.raises(ValueError, match="tensors without gradients"):
+        npu_gmm(x.t(), x, group_list=ENDS, group_type=2)
+
+
+def test_matmul_add():
+    x, _, dy = operands()
+    x = x.detach()
+    acc = torch.ones(6, 8)
+    assert npu_matmul_add_fp32(x.bfloat16(), dy.bfloat16(), acc) is None
+    want = 1 + dy.bfloat16().float().t() @ x.bfloat16().float()
+    torch.testing.assert_close(acc, want)
+    low = torch.ones(6, 8).half()
+    npu_matmul_add_fp16(x.half(), dy.half(), low)
+    torch.testing.assert_close(low.float(), 1 + dy.t() @ x, rtol=5e-3, atol=5e-3)
+
+
+def test_group_matmul_add():
+    x, _, dy = operands()
+    acc = torch.ones(3 * 8 * 6)
+    npu_groupmatmul_add_fp32(x.detach(), dy, ENDS, acc)
+    want = torch.stack([x[a:b].t() @ dy[a:b] for a, b in ((0, 2), (2, 2), (2, 7))])
+    torch.testing.assert_close(acc.view(3, 8, 6), 1 + want.detach())
+
+
+def test_permute_and_back():
+    x = operands()[0]
+    indices = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2], [0, 2]])
+    probs = torch.rand(7, 2)
+    permuted, order = npu_moe_token_permute(x, indices)
+    assert order.dtype is torch.int32
+    out = npu_moe_token_unpermute(permuted, order, probs)
+    torch.testing.assert_close(out, x * probs.sum(1, keepdim=True))
+    assert npu_moe_token_permute(x, indices, 5)[0].shape == (5, 8)
+    for call in (
+        lambda: npu_moe_token_permute(x, indices, padded_mode=True),
+        lambda: npu_moe_token_unpermute(permuted, order, probs, True),
+    ):
+        with pytest.raises(ValueError, match="padded_mode: got True, need False"):
+            call()
