@@ -30,6 +30,9 @@ def test_interval_sets_are_sets_of_moments(first, second):
     left = intervals.subtract(one, two)
     assert moments(left) == moments(first) - moments(second)
     assert left == intervals.union(left)
+    cover = intervals.Cover(two)
+    assert cover.outside(one) == len(moments(first) - moments(second))
+    assert cover.within((5, 30)) == len(moments(second) & set(range(5, 30)))
     assert moments(intervals.clip(one, (10, 20))) == moments(first) & set(range(10, 20))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 import tracemalloc
 
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import strategies as st
 
 from ms_profile import report
 from ms_profile.report import stream
-from ms_profile.report.meters import record
-from ms_profile.report.stream import JsonStream, Limits, TraceEvents, load_record, printable
+from ms_profile.report.meters import matrix
+from ms_profile.report.stream import JsonStream, Limits, TraceEvents, printable
 from ms_profile.report.trace import read_trace
 from support.mutation import Mutation, assert_caught
-from support.traces import comm_record, flops_record, gpu_trace, memory_record, write_trace
+from support.traces import comm_record, gpu_trace, write_trace
 
 WHOLE = json.dumps(gpu_trace()).encode()
 OP = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": 1, "dur": 1}
@@ -137,6 +138,29 @@ def test_memory_does_not_grow_with_a_trace_of_unknown_events(tmp_path):
         tracemalloc.stop()
 
 
+def test_many_groups_take_no_more_than_linear_time(tmp_path):
+    """Each of 3000 groups is under way all the time, beside 3000 computations."""
+    notes = {"ph": "X", "cat": "kernel", "pid": 0}
+    compute = [{**notes, "name": "mm", "tid": 1, "ts": 2 * i, "dur": 1} for i in range(3000)]
+    comm = [
+        {**notes, "name": "nccl", "tid": 2, "ts": 0, "dur": 6000}
+        | {"args": {"Collective name": "send", "Process Group Name": str(i)}}
+        for i in range(3000)
+    ]
+    path = write_trace(tmp_path / "rank0_steps1-2.pt.trace.json", compute + comm)
+    begin = time.process_time()
+    found = read_trace(path, 0)
+    assert time.process_time() - begin < 3  # 9 million steps would take longer
+    assert len(found.comm_times) == 3000
+    assert {round(row.exposed_s * 1e6) for row in found.comm_times} == {3000}
+
+
+def test_a_matrix_of_a_huge_world_is_refused():
+    record = {**comm_record(0), "world_size": 1 << 23}
+    with pytest.raises(ValueError, match="at most 2048 ranks, got a world of 8388608"):
+        matrix([record])
+
+
 def test_one_value_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "VALUE_CHARACTERS", 5000)
     monkeypatch.setattr(stream, "CHUNK", 1000)
@@ -241,93 +265,6 @@ def test_arbitrary_json_is_a_trace_or_a_trace_error(tmp_path_factory, found, hea
 @settings(max_examples=40, deadline=10_000)
 def test_times_of_any_events_add_up(tmp_path_factory, found):
     survives(tmp_path_factory.getbasetemp() / "any.json", json.dumps(found).encode())
-
-
-@st.composite
-def _changed(draw):
-    """A record of a meter with one value in it replaced."""
-    whole = draw(st.sampled_from([comm_record(0), memory_record(), flops_record(), _events()]))
-    whole = json.loads(json.dumps(whole))
-    place = whole
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = draw(st.sampled_from(keys))
-        below = place[key]
-        if not isinstance(below, (dict, list)) or not below or draw(st.booleans()):
-            place[key] = draw(NUMBER)
-            return whole
-        place = below
-
-
-def _events():
-    event = {"name": "aten.mm", "kind": "compute", "begin": 0.0, "end": 1.0, "module": "mlp"}
-    other = {**event, "name": "all_reduce", "kind": "comm", "group": "dp"}
-    return {"kind": "events", "version": 1, "rank": 0, "events": [event, other]}
-
-
-@given(_changed())
-@settings(max_examples=40, deadline=10_000)
-def test_a_changed_record_is_a_record_or_an_error(tmp_path_factory, changed):
-    folder = tmp_path_factory.mktemp("records")
-    for kind in ("comm", "memory", "flops", "events"):
-        (folder / f"rank0.{kind}.json").write_text(json.dumps(changed))
-    found, error = attempt(report.summarise, folder)
-    if error is not None:
-        assert "rank0." in str(error)
-        return
-    assert len(found.problems) == 3  # it is of one kind
-    json.dumps(found.as_dict(), allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"kind": "flops"}, "a record of kind 'comm' is needed, got kind 'flops'"),
-        ({"version": 2}, "version 2 of a comm record is not known"),
-        ({"world_size": 0}, "world_size is 0, outside"),
-        ({"rank": 2}, "rank is 2, outside 0 to 1"),
-        ({"calls": {}}, "calls is a dict, not a list"),
-        ({"calls": [{"op": "send", "group": "g", "bytes": -1}]}, r"calls\[0\].bytes is -1"),
-        (
-            {"calls": [{"op": "x", "group": "g", "bytes": 1, "wire_bytes": 1, "to": {"9": 1}}]},
-            "names '9', no rank of a world of 2",
-        ),
-    ],
-)
-def test_faults_of_a_record(change, fault):
-    with pytest.raises(ValueError, match=fault):
-        record({**comm_record(0), **change}, "comm")
-
-
-def test_a_record_is_a_meter_or_its_dictionary():
-    class Meter:
-        def as_dict(self):
-            return memory_record()
-
-    assert record(Meter(), "memory")["peak"]["bytes"] == 96
-    with pytest.raises(TypeError, match=r"a meter or its as_dict\(\) is needed, got list"):
-        record([], "memory")
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "is cut"),
-        (b'{"a":', "is cut"),
-        (b"[1]", "holds a list where an object is needed"),
-        (b"{nope}", "is not JSON"),
-        (b"\xff", "is not UTF-8"),
-        (b'{"a": Infinity}', "Infinity is not a number of JSON"),
-        (b"[" * 200_000, "is nested too deeply"),
-        (b'{"a": "' + b"x" * 500 + b'"}', "larger than the limit of 400 bytes"),
-    ],
-)
-def test_faults_of_a_small_file(tmp_path, content, fault):
-    path = tmp_path / "rank0.comm.json"
-    path.write_bytes(content)
-    limit = 400 if b"xxx" in content else 1 << 20
-    with pytest.raises(report.TraceError, match=fault):
-        load_record(path, limit)
 
 
 def test_text_for_a_terminal():

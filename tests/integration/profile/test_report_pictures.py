@@ -149,6 +149,23 @@ def test_the_timeline_has_a_row_a_kind_and_rank(tmp_path, drawn):
     ]
 
 
+def test_a_picture_has_no_more_than_can_be_seen(tmp_path, drawn):
+    record = event_record(0)
+    event = record["events"][0]
+    record["events"] = [
+        {**event, "begin": i * 1e-6, "end": i * 1e-6 + 5e-7} for i in range(20_000) if i % 5000 > 9
+    ]
+    report.timeline(record, tmp_path / "timeline.svg")
+    (bars,) = drawn[0].axes[0].collections
+    spans = [path.get_extents().intervalx.tolist() for path in bars.get_paths()]
+    assert spans == [pytest.approx([5 * i, 5 * i + 4.9895], abs=1e-4) for i in range(4)]
+    assert (tmp_path / "timeline.svg").stat().st_size < 50_000
+    record["events"] = [{**event, "kind": "comm", "group": str(i)} for i in range(300)]
+    with pytest.raises(ValueError, match="300 rows do not fit in a picture of at most 256"):
+        report.timeline(record, tmp_path / "rows.svg")
+    assert report.timeline(record, tmp_path / "rows.json").exists()
+
+
 def test_ranks_stand_on_one_clock(tmp_path, drawn):
     """A record that began 2 ms later, by the time of day, is drawn 2 ms later."""
     records = [{**event_record(rank), "start": 1e9 + 0.002 * rank} for rank in (0, 1)]

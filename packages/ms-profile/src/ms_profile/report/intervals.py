@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 Interval = tuple[int, int]
 
@@ -50,6 +52,30 @@ def clip(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
 def length(intervals: Iterable[Interval]) -> int:
     """Nanoseconds in all."""
     return sum(end - begin for begin, end in intervals)
+
+
+class Cover:
+    """How much of any interval is covered by disjoint ones, in logarithmic time."""
+
+    def __init__(self, intervals: Sequence[Interval]) -> None:
+        self._begins = [begin for begin, _ in intervals]
+        self._ends = [end for _, end in intervals]
+        lengths = (end - begin for begin, end in intervals)
+        self._before = [0, *accumulate(lengths)]
+
+    def within(self, interval: Interval) -> int:
+        """Covered nanoseconds of an interval."""
+        return self._until(interval[1]) - self._until(interval[0])
+
+    def outside(self, intervals: Iterable[Interval]) -> int:
+        """Nanoseconds of disjoint intervals that are not covered."""
+        return sum(end - begin - self.within((begin, end)) for begin, end in intervals)
+
+    def _until(self, moment: int) -> int:
+        index = bisect_right(self._begins, moment)
+        if not index:
+            return 0
+        return self._before[index] - max(self._ends[index - 1] - moment, 0)
 
 
 @dataclass(slots=True)

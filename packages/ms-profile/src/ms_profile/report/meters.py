@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from ms_profile.files import make_folder, write_new
 from ms_profile.report import names
-from ms_profile.report.intervals import Interval, length, subtract, union
+from ms_profile.report.intervals import Cover, Interval, length, union
 from ms_profile.report.stream import integer, number
 from ms_profile.report.summary import CommBytes, CommTime, MemoryPeak, ModuleTime
 
 VERSION = 1
+MATRIX_RANKS = 2048
 PHASES = ("forward", "backward", "recompute", "other")
 Record = Mapping[str, Any]
 
@@ -184,6 +185,8 @@ def comm_bytes(data: Record) -> tuple[CommBytes, ...]:
 def matrix(data: Sequence[Record]) -> list[list[int]]:
     """Bytes that each rank (row) sends to each rank (column), summed over the records' calls."""
     world = data[0]["world_size"]
+    if world > MATRIX_RANKS:
+        raise ValueError(f"a matrix has at most {MATRIX_RANKS} ranks, got a world of {world}")
     cells = [[0] * world for _ in range(world)]
     seen: set[int] = set()
     for each in data:
@@ -247,7 +250,7 @@ def event_times(data: Record) -> EventTimes:
         elif event["kind"] == "comm":
             key = str(event.get("group") or ""), names.collective(event["name"])
             transfers.setdefault(key, []).append(interval)
-    busy = union(compute)
+    cover = Cover(union(compute))
     rows = [ModuleTime(name, n, ns / 1e9, ns / 1e9) for name, (n, ns) in modules.items() if name]
     return EventTimes(
         tuple(sorted(rows, key=lambda row: (-row.self_s, row.module))),
@@ -256,7 +259,7 @@ def event_times(data: Record) -> EventTimes:
                 *key,
                 calls=len(intervals),
                 time_s=length(union(intervals)) / 1e9,
-                exposed_s=length(subtract(union(intervals), busy)) / 1e9,
+                exposed_s=cover.outside(union(intervals)) / 1e9,
             )
             for key, intervals in sorted(transfers.items())
         ),

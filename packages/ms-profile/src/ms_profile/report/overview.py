@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ms_profile.report import units
 from ms_profile.report.changes import Change, Comparison
 from ms_profile.report.summary import (
+    CommBytes,
     CommTime,
     RankSummary,
     RunSummary,
@@ -20,6 +21,7 @@ from ms_profile.report.tables import TOP, make_console, say, show
 if TYPE_CHECKING:
     from rich.console import Console
 
+MOST_GROUPS = 100
 _KINDS = {
     "compute_s": "compute",
     "exposed_communication_s": "communication, nothing computes",
@@ -137,17 +139,23 @@ def _print_modules(run: RunSummary, top: int, console: Console) -> None:
 
 
 def _print_comm(run: RunSummary, console: Console) -> None:
-    keys = {(row.group, row.op): None for rank in run.ranks for row in rank.comm_bytes}
-    keys |= {(row.group, row.op): None for rank in run.ranks for row in rank.comm_times}
-    rows = [_comm_row(run.ranks, *key) for key in keys]
+    found: dict[tuple[str, str], tuple[list[CommBytes], list[CommTime]]] = {}
+    for rank in run.ranks:
+        for counted in rank.comm_bytes:
+            found.setdefault((counted.group, counted.op), ([], []))[0].append(counted)
+        for timed in rank.comm_times:
+            found.setdefault((timed.group, timed.op), ([], []))[1].append(timed)
+    rows = [_comm_row(*key, *found[key]) for key in list(found)[:MOST_GROUPS]]
     columns = ("group", "operation", "calls", "payload", "on the wire", "traced", "time", "exposed")
     if rows:
-        show("communication, all ranks", columns, rows, console, texts=2)
+        left = len(found) - len(rows)
+        title = "communication, all ranks" + (f"; {left} more rows are left out" if left else "")
+        show(title, columns, rows, console, texts=2)
 
 
-def _comm_row(ranks: Sequence[RankSummary], group: str, op: str) -> tuple[str, ...]:
-    counted = [c for r in ranks for c in r.comm_bytes if (c.group, c.op) == (group, op)]
-    timed = [c for r in ranks for c in r.comm_times if (c.group, c.op) == (group, op)]
+def _comm_row(
+    group: str, op: str, counted: Sequence[CommBytes], timed: Sequence[CommTime]
+) -> tuple[str, ...]:
     payload = [c.bytes for c in counted] or [c.bytes for c in timed if c.bytes is not None]
     return (
         group or "(not in the trace)",

@@ -29,6 +29,8 @@ _ROWS = {
 _LABELS = {"comm": "communication"}
 MAX_RANKS_WITH_NUMBERS = 16
 MAX_MARKS = 12
+MAX_ROWS = 256
+MAX_SPANS = 4000  # of a row: more are not to be told apart
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -189,7 +191,7 @@ def communication_matrix(
         The path.
 
     Raises:
-        ValueError: Another suffix, records of different worlds, or two of one rank.
+        ValueError: Another suffix, records of different worlds, two of one rank, over 2048 ranks.
         ImportError: matplotlib is not installed.
     """
     target = _checked(path)
@@ -252,7 +254,7 @@ def timeline(data: object, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        ValueError: Another suffix, or no event at all.
+        ValueError: Another suffix, no event at all, or more rows than a picture can show.
         ImportError: matplotlib is not installed (a Chrome trace does without).
     """
     found = meters.aligned(meters.records(data, "events"))
@@ -265,6 +267,11 @@ def timeline(data: object, path: str | os.PathLike[str]) -> Path:
     first = min(event["begin"] for event in events)
     factor, unit = units.time_scale(max(event["end"] for event in events) - first)
     rows = chrome.rows(found)
+    if len(rows) > MAX_ROWS:
+        raise ValueError(
+            f"{len(rows)} rows do not fit in a picture of at most {MAX_ROWS}: draw fewer ranks, "
+            "or write a Chrome trace (.json)"
+        )
     figure = _figure(8, 1.1 + 0.3 * len(rows))
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
@@ -285,8 +292,25 @@ def _row(axes: Axes, row: chrome.Row, number: int, first: float, factor: float) 
         axes.plot(moments, [number] * len(moments), "|", color=color, ms=9, mew=1.2)
     # Marks may lie in one another. A thin border keeps events visible shorter than a pixel.
     alpha = 0.4 if row.kind == "mark" else 1.0
-    lasting = [span for span in spans if span[1]]
+    lasting = _readable([span for span in spans if span[1]])
     axes.broken_barh(lasting, (number - 0.36, 0.72), color=color, linewidth=0.3, alpha=alpha)
+
+
+def _readable(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans, or if there are very many, runs of them without the gaps that nobody can see."""
+    if len(spans) <= MAX_SPANS:
+        return spans
+    spans = sorted(spans)
+    last = max(begin + length for begin, length in spans)
+    gap = (last - spans[0][0]) / MAX_SPANS
+    merged = [list(spans[0])]
+    for begin, length in spans[1:]:
+        run = merged[-1]
+        if begin <= run[0] + run[1] + gap:
+            run[1] = max(run[1], begin + length - run[0])
+        else:
+            merged.append([begin, length])
+    return [(begin, length) for begin, length in merged]
 
 
 def _timeline_axes(axes: Axes, rows: Sequence[chrome.Row], unit: str) -> None:

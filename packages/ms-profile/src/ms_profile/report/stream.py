@@ -61,6 +61,8 @@ class Limits:
 
 def printable(text: str, length: int = 200) -> str:
     """Text fit for a terminal: control characters escaped, shortened in the middle."""
+    if len(text) > 2 * length:
+        text = f"{text[:length]}...{text[-length:]}"
     # A lone surrogate is not printable either, and no terminal could encode it.
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) <= length:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ms_profile.report import names
 from ms_profile.report.collect import Collector, with_groups
-from ms_profile.report.intervals import Interval, Nested, clip, length, nest, subtract, union
+from ms_profile.report.intervals import Cover, Interval, Nested, clip, length, nest, subtract, union
 from ms_profile.report.stream import Limits, TraceError, TraceEvents, integer
 from ms_profile.report.summary import (
     CommTime,
@@ -185,6 +185,7 @@ def _comm_times(
         spans[key].append(interval)
         sizes[key].append(transfer.bytes)
     rows = []
+    cover = Cover(compute)
     for (group, op), intervals in sorted(spans.items()):
         merged = clip(union(intervals), window)
         known = [size for size in sizes[group, op] if size is not None]
@@ -194,7 +195,7 @@ def _comm_times(
                 op=op,
                 calls=len(intervals),
                 time_s=length(merged) / 1e9,
-                exposed_s=length(subtract(merged, compute)) / 1e9,
+                exposed_s=cover.outside(merged) / 1e9,
                 bytes=sum(known) if len(known) == len(intervals) else None,
             )
         )
