@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
@@ -67,6 +67,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)  # the first call of a process imports much
 @given(STEPS)
 def test_any_order_of_births_deaths_and_sizes(steps):
     """Peak, its holdings and the live bytes equal a plain recount."""
