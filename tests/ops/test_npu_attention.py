@@ -6,8 +6,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 import ms_ops
 from ms_ops import testing
-from ms_ops.testing import Sample, maker
 from ms_ops.testing.npu import Readings, emulated_npu
+from support.npu_samples import sample
 
 
 def asked(calls):
@@ -22,45 +22,7 @@ def asked(calls):
     ]
 
 
-def sample(name, dtype=torch.float32):
-    make = maker(dtype, "cpu")
-
-    def dense(rows=7, keys=7, heads=4):
-        return make(2, rows, heads, 8), make(2, keys, 2, 8), make(2, keys, 2, 8)
-
-    def pack(tokens=13, heads=4):
-        return make(tokens, heads, 8), make(tokens, 2, 8), make(tokens, 2, 8)
-
-    slopes = ms_ops.alibi_slopes(4)
-    starts = {"layout": "thd", "cu_seqlens_q": torch.tensor([0, 4, 4, 13], dtype=torch.int32)}
-    lower = {"causal": True, "window": (3, None)}
-    prefix = ms_ops.MaskSpec(right=0, align="lower_right", prefix=(1, 2, 6))
-    band = ms_ops.MaskSpec(left=2, right=1, align="lower_right")
-    calls = {
-        "causal": (dense(), {"causal": True}),
-        "upper_left": (dense(5, 9), {"causal": True, "causal_align": "upper_left"}),
-        "lower_right": (dense(5, 9), {"causal": True}),
-        "band": (dense(5, 9), {"mask": band}),
-        "upper_band": (dense(5, 9), {"window": (2, 1), "causal_align": "upper_left"}),
-        "prefix": (dense(5, 9), {"mask": ms_ops.MaskSpec(prefix=(1, 7), **vars_of(prefix))}),
-        "alibi": (dense(), {"alibi_slopes": slopes, "causal": True, "kv_start": 2}),
-        "alibi_sqrt": (dense(), {"alibi_slopes": slopes.expand(2, 4), "alibi_sqrt": True}),
-        "unscaled_bias": (dense(), {"bias": make(7, 7)}),
-        "scaled_bias": (dense(), {"bias": make(7, 7), "bias_scaled": True}),
-        "pack_window": (pack(), {**starts, **lower}),
-        "pack_prefix": (pack(), {**starts, "mask": prefix}),
-        "pack_sink": (pack(), {**starts, "causal": True, "sink": make(4)}),
-        "pack_spare": (pack(16), {**starts, "causal": True}),
-    }
-    args, kwargs = calls[name]
-    return Sample(name, args, {"return_lse": True, **kwargs}, (0, 1, 2))
-
-
-def vars_of(spec):
-    return {"right": spec.right, "align": spec.align}
-
-
-# Version, sparse mode and type of the position term of the forward call.
+# Version, sparse mode and type of the position term of the forward call; None: not the kernel's.
 EXPECTED = {
     "causal": ("", 3, 1),
     "upper_left": ("", 2, 1),
@@ -72,11 +34,17 @@ EXPECTED = {
     "alibi_sqrt": ("_v2", 0, 3),
     "unscaled_bias": ("_v2", 0, 0),
     "scaled_bias": ("", 0, 1),
+    "head_mask": ("", 1, 1),
+    "pack_without_keys": None,
     "pack_window": ("", 4, 1),
     "pack_prefix": ("", 6, 1),
     "pack_sink": ("", 3, 1),
     "pack_spare": ("", 3, 1),
 }
+
+
+def both_ways(call):
+    return [] if call is None else [call, (f"_grad{call[0]}", *call[1:])]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -87,8 +55,7 @@ def test_kernel_and_mask(name):
             tensors = [t.detach().requires_grad_() for t in one.args]
             out, _ = ms_ops.attention(*tensors, **one.kwargs)
             out.backward(torch.randn_like(out))
-        version, mode, kind = EXPECTED[name]
-        assert asked(calls) == [(version, mode, kind), (f"_grad{version}", mode, kind)]
+        assert asked(calls) == both_ways(EXPECTED[name])
         for dtype in (torch.float32, torch.bfloat16):
             testing.check_values("attention", sample(name, dtype), "npu")
             testing.check_fake("attention", sample(name, dtype), "npu")

@@ -89,13 +89,14 @@ def run_samples(op: str, dtype: torch.dtype) -> list[str]:
                 for i in sample.differentiable
             ]
             with contract:
-                _forward_and_backward(testing.OPERATORS[op].function, args, kwargs, leaves)
+                forward_and_backward(testing.OPERATORS[op].function, args, kwargs, leaves)
     return contract.called
 
 
-def _forward_and_backward(
+def forward_and_backward(
     function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], leaves: list[Tensor]
 ) -> None:
+    """Call a function and its backward."""
     outputs = [o for o in _tuple(function(*args, **kwargs)) if o is not None and o.requires_grad]
     if leaves:
         torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs])

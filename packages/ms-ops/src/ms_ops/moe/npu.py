@@ -55,8 +55,9 @@ def unpermute_backward(
     dpermuted, dprobs = npu.op("npu_moe_token_unpermute_grad")(
         wide, dout.to(wide.dtype).contiguous(), sorted_indices.int(), weights, False
     )
-    unread = permuted is None or probs is None
-    return dpermuted.to(dout.dtype), dout.new_empty(0) if unread else dprobs.to(probs.dtype)
+    if permuted is None or probs is None:
+        return dpermuted.to(dout.dtype), dout.new_empty(0)
+    return dpermuted.to(dout.dtype), dprobs.to(probs.dtype)
 
 
 def _alike(rows: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor | None]:

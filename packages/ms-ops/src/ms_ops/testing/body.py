@@ -23,7 +23,7 @@ from ..opdef import NAMESPACE
 from ..opdef import OPERATORS as DEFINED
 from .case import OpTest, Sample
 from .cases import OPERATORS
-from .tolerance import assert_close, roundings
+from .tolerance import E1, assert_close, max_error, roundings
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +74,9 @@ def check_values(op: str, sample: Sample, backend: str) -> float:
         where = f"{op}[{backend}] {sample.name} {dtype} {name}"
         kind = _kind(test, sample, name)
         assert_close(kind, where, mine.cpu(), oracle[name], eager[name].cpu(), dtype)
-        if mine.is_floating_point():
+        # Where nearly all cancels, an error below the tolerance's absolute part means nothing.
+        counts = mine.is_floating_point() and mine.dtype in E1
+        if counts and max_error(mine.cpu(), oracle[name]) > E1[mine.dtype].atol:
             worst = max(worst, roundings(mine.cpu(), oracle[name]))
     return worst
 

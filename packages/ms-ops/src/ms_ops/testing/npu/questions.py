@@ -1,0 +1,116 @@
+"""What torch_npu's documents leave open, as probes: small calls whose results answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...masks import compressed_causal
+
+
+def answers(device: str) -> dict[str, Any]:
+    """Run all probes on a device; one that raises is answered with its error."""
+    found: dict[str, Any] = {}
+    for name, probe in PROBES.items():
+        try:
+            found[name] = probe(device)
+        except Exception as error:  # an operator that is not there is an answer too
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
+def empty_rows(device: str) -> dict[str, Any]:
+    """Maximum, sum and output of a query without keys, by inner_precise."""
+    q, k, v = (_noise(device, 1, n, 1, 16) for n in (4, 2, 2))
+    result = {}
+    for precise in (0, 2):
+        out, top, total = torch.ops.npu.npu_fusion_attention(
+            q, k, v, 1, "BSND", atten_mask=compressed_causal(device), scale=0.25,
+            sparse_mode=3, inner_precise=precise,
+        )[:3]  # fmt: skip
+        result[f"inner_precise={precise}"] = {
+            "maximum": _number(top[0, 0, 0, 0]),
+            "sum": _number(total[0, 0, 0, 0]),
+            "output_is_zero": bool((out[0, 0] == 0).all()),
+        }
+    return result
+
+
+def row_maximum(device: str) -> dict[str, Any]:
+    """Whether the maximum under a causal mode is that of the row, or a bound above it."""
+    q, k, v = (_noise(device, 1, 300, 1, 16) for _ in range(3))
+    top = torch.ops.npu.npu_fusion_attention(
+        q, k, v, 1, "BSND", atten_mask=compressed_causal(device), scale=0.25, sparse_mode=2
+    )[1]
+    scores = (q[0, :, 0].float().cpu() @ k[0, :, 0].float().cpu().t()) * 0.25
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    return {"largest_gap": _number((top[0, 0, :, 0].cpu() - scores.amax(-1)).abs().max())}
+
+
+def rope_backward_without_x(device: str) -> dict[str, Any]:
+    """Whether the gradient of x depends on what stands in the place of x."""
+    x, dy = _noise(device, 4, 1, 2, 64), _noise(device, 4, 1, 2, 64).flip(0)
+    cos, sin = _noise(device, 4, 1, 1, 64), _noise(device, 4, 1, 1, 64).flip(0)
+    run = torch.ops.npu.npu_rotary_mul_backward
+    same = torch.equal(run(dy, x, cos, sin)[0], run(dy, dy, cos, sin)[0])
+    return {"same_without_x": same}
+
+
+def swiglu_half(device: str) -> dict[str, Any]:
+    """Largest relative error of fp16 SwiGLU: 2^-11 means fp32 inside."""
+    x = _noise(device, 64, 256, dtype=torch.float16)
+    got = torch.ops.npu.npu_swiglu(x, dim=-1).double().cpu()
+    gate, up = x.double().cpu().chunk(2, -1)
+    truth = gate * torch.sigmoid(gate) * up
+    error = (got - truth).abs() / truth.abs()
+    return {"relative_error": _number(error[truth.abs() > 1e-3].max())}
+
+
+def grouped_add(device: str) -> dict[str, Any]:
+    """Whether accumulation of grouped weight gradients is right, and an empty group kept."""
+    total, x, dy = (
+        torch.ones(3, 32, 16, device=device),
+        _noise(device, 8, 32),
+        _noise(device, 8, 16),
+    )
+    x, dy = x.bfloat16(), dy.bfloat16()
+    ends = torch.tensor([3, 3, 8], device=device)
+    torch.ops.npu.npu_grouped_matmul_add_(total, x, dy, ends)
+    wide = x.double().cpu(), dy.double().cpu()
+    truth = torch.stack([wide[0][a:b].t() @ wide[1][a:b] + 1 for a, b in ((0, 3), (3, 3), (3, 8))])
+    return {"largest_error": _number((total.double().cpu() - truth).abs().max())}
+
+
+def permute_dtypes(device: str) -> dict[str, Any]:
+    """Which dtypes the permutation of tokens takes."""
+    indices = torch.tensor([[1, 0], [0, 2]], device=device)
+    result = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tokens = _noise(device, 2, 16, dtype=dtype)
+        permuted = torch.ops.npu.npu_moe_token_permute(tokens, indices, 4, False)[0]
+        result[str(dtype).removeprefix("torch.")] = torch.equal(permuted[0], tokens[0])
+    return result
+
+
+def _noise(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def _number(x: Tensor) -> float | str:
+    value = float(x)
+    return value if math.isfinite(value) else str(value)
+
+
+PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "attention: rows without keys": empty_rows,
+    "attention: maximum of a row": row_maximum,
+    "rope: backward without x": rope_backward_without_x,
+    "swiglu: fp16": swiglu_half,
+    "grouped_matmul_add_: accumulation": grouped_add,
+    "moe_permute: dtypes": permute_dtypes,
+}

@@ -1,0 +1,101 @@
+"""Every line of the NPU backends runs on the emulated torch_npu, and every recorded operator."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import ms_ops
+from ms_ops import npu, registry, testing
+from ms_ops.testing.npu import emulated_npu, recorded_schemas
+from support.lines import function_lines, lines_run
+from support.npu_contract import forward_and_backward
+from support.npu_samples import all_samples
+
+# Only reached under a tracer, which sys.settrace does not follow: tests/ops/test_npu_attention.py.
+TRACED = {"npu.npu_fusion_attention_v3", "npu.npu_fusion_attention_grad_v3"}
+
+
+def backend_files():
+    """The files of the NPU backends."""
+    found = set()
+    for module in pkgutil.walk_packages(ms_ops.__path__, "ms_ops."):
+        last = module.name.rpartition(".")[2]
+        if last.startswith("npu") and ".testing" not in module.name:
+            found.add(importlib.import_module(module.name).__file__)
+    return found
+
+
+def every_call(dtype):
+    for op, test in testing.OPERATORS.items():
+        if "npu" not in registry.backends(op):
+            continue
+        extra = all_samples(dtype) if op == "attention" else []
+        for sample in (*test.samples(dtype, "cpu"), *extra):
+            if testing.declines(op, sample, "npu") is None:
+                yield op, test, sample
+
+
+def check_odd_calls():
+    """What the shared samples do not reach."""
+    x, cos = torch.randn(2, 3, 4, 8), torch.randn(2, 1, 4, 8)
+    with ms_ops.backend(rope="portable"):
+        turned = ms_ops.rope(x, cos, cos)
+    torch.testing.assert_close(ms_ops.rope(x, cos, cos), turned)
+    bias = torch.randn(2, 3)
+    y = ms_ops.grouped_matmul(torch.randn(4, 0), torch.randn(2, 0, 3), [1, 4], bias=bias)
+    assert torch.equal(y, bias[[0, 1, 1, 1]])
+
+
+def check_refusals(monkeypatch):
+    """Why a backend passes a call on."""
+    find = testing.find_sample
+    wide_bias = find("grouped_matmul", "wide_bias", torch.float16)
+    assert "no fp32 bias" in testing.declines("grouped_matmul", wide_bias, "npu")
+    assert "float64" in testing.declines("swiglu", find("swiglu", "dim0", torch.float64), "npu")
+    thd = find("attention", "thd", torch.float32)
+    slopes = {**thd.kwargs, "alibi_slopes": ms_ops.alibi_slopes(4)}
+    packed = testing.Sample("alibi", thd.args, slopes)
+    assert "ALiBi" in testing.declines("attention", packed, "npu")
+    monkeypatch.delenv("ATB_HOME_PATH")
+    low = find("matmul_add_", "plain", torch.bfloat16)
+    assert "NNAL" in testing.declines("matmul_add_", low, "npu")
+    assert "tensors on cpu" in npu.declines(ms_ops.Facts("cpu", torch.float32))
+    assert npu.available() == "torch_npu is not loaded"
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """Run all samples, forward and backward; return the lines and operators that were reached."""
+    files = backend_files()
+    with emulated_npu() as calls, lines_run(files) as lines, ms_ops.backend("npu"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for _, test, sample in every_call(dtype):
+                args, kwargs = list(sample.args), dict(sample.kwargs)
+                for place in test.mutates:
+                    args[place] = args[place].clone()
+                leaves = []
+                for place in sample.differentiable:
+                    where = kwargs if isinstance(place, str) else args
+                    where[place] = where[place].detach().requires_grad_()
+                    leaves.append(where[place])
+                forward_and_backward(test.function, args, kwargs, leaves)
+        check_odd_calls()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_refusals(monkeypatch)
+    return lines, {call.name for call in calls}
+
+
+def test_every_operator_of_the_record_is_called(ran):
+    missing = {name.replace("::", ".") for name in set(recorded_schemas()) - ran[1]}
+    assert missing == TRACED
+
+
+def test_every_line_ran(ran):
+    missing = {
+        file.rpartition("ms_ops/")[2]: sorted(function_lines(file) - lines)
+        for file, lines in ran[0].items()
+    }
+    assert {file: lines for file, lines in missing.items() if lines} == {}
+    assert len(missing) >= 7
