@@ -1,5 +1,6 @@
 """Imported by the fork server of `preload="megatron"`: the device layer, then Megatron's core."""
 
+import mindspeed
 import mindspeed.device
 
 mindspeed.device.install("cpu")
@@ -10,3 +11,6 @@ import megatron.core.models.gpt.gpt_model  # noqa: E402
 import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: E402
 import megatron.core.tensor_parallel  # noqa: E402,F401
+
+# Reads and parses Megatron's sources once, for all ranks.
+mindspeed.plan(level=0)

@@ -36,11 +36,14 @@ def load() -> None:
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    import mindspeed
     from mindspeed import device
 
     device.install()
     for name in MODULES:
         importlib.import_module(name)
+    # Reads and parses Megatron's sources once, for all ranks.
+    mindspeed.plan(level=0)
 
 
 if os.environ.get(PRELOAD_VARIABLE) == "1":
