@@ -57,7 +57,8 @@ def _double_entries(call: Call, q: Tensor, k: Tensor, backend: str, kind: str) -
     """Twice the score entries of all sequences of the batch or the pack."""
     batch, _, rows, _ = sizes(q, call.layout)
     pairs = [(rows, sizes(k, call.layout)[2])] * batch
-    if call.cu_q is not None and call.cu_k is not None:
+    # A tracer's lengths have no values: what counts then is the pack as one sequence.
+    if type(call.cu_q) is Tensor and type(call.cu_k) is Tensor:
         pairs = list(zip(_lengths(call.cu_q), _lengths(call.cu_k), strict=True))
     return sum(
         _of_sequence(call, i, len(pairs), *pair, backend, kind) for i, pair in enumerate(pairs)

@@ -93,13 +93,20 @@ def _plain(call: Call, queries: int, keys: int) -> bool:
         return False
     if call.dropout_p or call.prefix or call.layout == PACKED:
         return False
-    return not call.banded or (call.causal and (queries == keys or call.corner == "upper_left"))
+    # One query aligned to the last key sees all keys: a step of decoding.
+    return not call.banded or (call.causal and (_triangle(call, queries, keys) or queries == 1))
+
+
+def _triangle(call: Call, queries: int, keys: int) -> bool:
+    """Whether the mask is the kernel's own triangle."""
+    return call.causal and (queries == keys or call.corner == "upper_left")
 
 
 def _flash_one(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     width = max(q.shape[-1], v.shape[-1])
     query, key, value = (_operand(t, width) for t in (q, k, v))
-    out, lse = _flash(query, key, value, 0.0, call.causal, scale=call.scale)
+    causal = _triangle(call, query.shape[2], key.shape[2])
+    out, lse = _flash(query, key, value, 0.0, causal, scale=call.scale)
     return out[..., : v.shape[-1]], lse
 
 
@@ -109,7 +116,8 @@ def _flash_one_backward(call: Call, tensors: tuple[Tensor, ...], lse: Tensor) ->
     dy, query, key, value, y = (_operand(t, width) for t in tensors)
     if call.sink is not None:
         lse = finite(lse)
-    grads = _flash_backward(dy, query, key, value, y, lse, 0.0, call.causal, scale=call.scale)
+    causal = _triangle(call, query.shape[2], key.shape[2])
+    grads = _flash_backward(dy, query, key, value, y, lse, 0.0, causal, scale=call.scale)
     return [g[..., : t.shape[-1]] for g, t in zip(grads, (q, k, v), strict=True)]
 
 
