@@ -255,3 +255,10 @@ def test_a_meter_is_saved_where_the_reader_looks(tmp_path):
         report.save(comm_record(1), folder, rank=0)
     with pytest.raises(ValueError, match="rank is -1"):
         report.save(flops_record(), folder, rank=-1)
+
+
+def test_public_names():
+    assert {"summarise", "compare", "save", "TraceError"} <= set(report.__all__)
+    assert all(getattr(report, name).__doc__ for name in report.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        report.nothing  # noqa: B018
