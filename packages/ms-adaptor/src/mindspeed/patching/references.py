@@ -51,7 +51,13 @@ def _is_under(name: str, root: str) -> bool:
 
 def modules_under(root: str) -> list[tuple[str, ModuleType]]:
     """Every loaded module of a package."""
-    return [(name, module) for name, module in _loaded() if _is_under(name, root)]
+    inside = root + "."
+    return [
+        (name, module)
+        for name, module in list(sys.modules.items())
+        # The name first: asking thousands of modules for their type takes as many microseconds.
+        if (name == root or name.startswith(inside)) and isinstance(module, ModuleType)
+    ]
 
 
 def copies(root: str, value: object) -> list[tuple[ModuleType, str]]:
