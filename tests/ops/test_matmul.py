@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ms_ops
+from ms_ops.matmul import portable
 from support.mutation import Mutation, assert_caught
 
 ENDS = torch.tensor([3, 3, 10])
@@ -122,3 +123,21 @@ def test_autocast_casts_rows_and_matrices():
     assert torch.equal(y, ms_ops.grouped_matmul(x.bfloat16(), weight.bfloat16(), ENDS))
     y.backward(dy.bfloat16())
     assert weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_torchs_grouped_product_agrees(monkeypatch, transposed):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(11, 8, generator=generator).bfloat16()
+    weight = torch.randn(4, 8, 16, generator=generator).bfloat16()
+    weight = weight.transpose(1, 2).contiguous() if transposed else weight
+    args = (x[:, :], weight, torch.tensor([2, 2, 9, 11]), None, transposed)
+    plain = portable.forward(*args)
+    calls = []
+    monkeypatch.setattr(portable, "_grouped", lambda *tensors: not calls.append(tensors))
+    try:
+        grouped = portable.forward(*args)
+    except NotImplementedError:
+        pytest.skip("torch has its grouped product for CUDA only")
+    assert len(calls) == 1
+    torch.testing.assert_close(grouped, plain)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ms_ops
+from mindspeed.ops.ffn import npu_ffn
 from mindspeed.ops.gmm import npu_gmm, npu_gmm_v2
 from mindspeed.ops.npu_groupmatmul_add import npu_groupmatmul_add_fp32
 from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp16, npu_matmul_add_fp32
@@ -24,7 +25,14 @@ def operands():
 
 
 GMM = ["x", "weight", "bias", "group_list", "group_type", "gemm_fusion", "original_weight"]
+SCALES = ["antiquant_scale1", "antiquant_scale2", "antiquant_offset1", "antiquant_offset2"]
+FFN = [
+    *("x", "weight1", "weight2", "activation", "expert_tokens", "expert_tokens_index"),
+    *("bias1", "bias2", "scale", "offset", "deq_scale1", "deq_scale2", *SCALES),
+    *("inner_precise", "output_dtype"),
+]
 SIGNATURES = {
+    npu_ffn: FFN,
     npu_gmm: GMM,
     npu_gmm_v2: GMM,
     npu_matmul_add_fp32: ["total_input", "grad_output", "grad"],
@@ -139,3 +147,19 @@ def test_permute_and_back():
     ):
         with pytest.raises(ValueError, match="padded_mode: got True, need False"):
             call()
+
+
+def test_ffn():
+    x, weight, _ = operands()
+    second = weight.detach().transpose(1, 2)
+    plain = ms_ops.ffn(x, weight, second, "silu", offsets=ENDS)
+    assert torch.equal(npu_ffn(x, weight, second, "silu", expert_tokens_index=ENDS), plain)
+    assert torch.equal(npu_ffn(x, weight, second, "silu", expert_tokens=SIZES), plain)
+    for kwargs, message in (
+        ({"scale": torch.ones(1)}, "scale: got a tensor, need None"),
+        ({"output_dtype": torch.half}, "output_dtype: got torch.float16"),
+        ({"inner_precise": 2}, "inner_precise: got 2"),
+        ({"expert_tokens": SIZES}, "got both lists"),
+    ):
+        with pytest.raises(ValueError, match=f"npu_ffn: .*{message}|{message}"):
+            npu_ffn(x, weight, second, "silu", expert_tokens_index=ENDS, **kwargs)

@@ -15,7 +15,7 @@ from .attention import (
 )
 from .flops import register_flop_formulas
 from .masks import MaskSpec, from_sparse_mode
-from .matmul import grouped_matmul, grouped_matmul_add_, matmul_add_
+from .matmul import ffn, grouped_matmul, grouped_matmul_add_, matmul_add_
 from .moe import moe_permute, moe_permute_map, moe_unpermute, moe_unpermute_map
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
@@ -74,6 +74,7 @@ __all__ = [
     "backend",
     "causal_mask",
     "explain",
+    "ffn",
     "from_sparse_mode",
     "grouped_matmul",
     "grouped_matmul_add_",

@@ -1,6 +1,7 @@
-"""Matrix products: of groups of rows, and of weight gradients into an accumulator."""
+"""Matrix products: of groups of rows, of feed-forward layers, and into an accumulator."""
 
 from .accumulate import grouped_matmul_add_, matmul_add_
+from .ffn import ffn
 from .grouped import grouped_matmul
 
-__all__ = ["grouped_matmul", "grouped_matmul_add_", "matmul_add_"]
+__all__ = ["ffn", "grouped_matmul", "grouped_matmul_add_", "matmul_add_"]
