@@ -249,3 +249,36 @@ def test_a_pack_compiles_without_reading_its_lengths():
     torch.testing.assert_close(
         compiled(q, k, v, starts), run(q, k, v, starts), rtol=1e-5, atol=1e-6
     )
+
+
+def test_recomputation_drops_the_same_weights():
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = qkv()
+
+    def run(q, k, v):
+        return ms_ops.attention(q, k, v, causal=True, dropout_p=0.5)
+
+    grads = []
+    for call in (run, lambda *a: checkpoint(run, *a, use_reentrant=False)):
+        torch.manual_seed(8)
+        out = call(*tensors)
+        grads.append(torch.autograd.grad(out, tensors, torch.ones_like(out)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradient_of_a_bias_from_parts_of_the_queries():
+    q, k, v = (t.detach() for t in qkv())
+    bias = torch.randn(4, 11, 14, dtype=q.dtype).requires_grad_()
+    out, lse = ms_ops.attention(q, k, v, bias=bias, return_lse=True)
+    dy = torch.randn_like(out)
+    (wanted,) = torch.autograd.grad(out, bias, dy)
+    out = out.detach()
+    parts = []
+    for a, b in ((0, 4), (4, 11)):
+        rows = (dy[:, a:b], q[:, a:b], k, v, out[:, a:b], lse.detach()[:, :, a:b])
+        grads = ms_ops.attention_backward(*rows, bias=bias.detach()[:, a:b], bias_grad=True)
+        parts.append(grads[3])
+    close(torch.cat(parts, 1), wanted)
+    with pytest.raises(ValueError, match="bias_grad: got True without a bias"):
+        ms_ops.attention_backward(dy, q, k, v, out, lse, bias_grad=True)
