@@ -60,6 +60,13 @@ MUTANTS = {
         ("weights rounded", "ms_ops.moe.npu:_alike", "rows.float().contiguous(), probs.float()",
          "rows.contiguous(), probs.to(rows.dtype)", 1),
     ],
+    "scaled_masked_softmax": [
+        ("scale dropped", "ms_ops.softmax.npu:forward", "scale, False", "1.0, False", 1),
+        ("rows all masked", "ms_ops.softmax.npu:forward",
+         "y.masked_fill(out, 0.0)", "y", 1),
+        ("gradient and result swapped", "ms_ops.softmax.npu:backward",
+         "dy.contiguous(), y,", "y, dy.contiguous(),", 1),
+    ],
     "attention": [
         ("mask polarity", "ms_ops.attention.npu_mask:masking", "(~full)", "full", 1),
         ("bounds by v2's names", "ms_ops.attention.npu:_prepare", '"_v2" else', '"" else', 1),
@@ -103,7 +110,7 @@ def small_samples(op, dtype):
     for sample in testing.OPERATORS[op].samples(dtype, "cpu"):
         if names and sample.name not in names:
             continue
-        small = sum(a.numel() for a in sample.args if isinstance(a, torch.Tensor)) < 4000
+        small = sum(a.numel() for a in sample.args if isinstance(a, torch.Tensor)) < 5000
         if small and testing.declines(op, sample, "npu") is None:
             yield sample
 

@@ -28,6 +28,11 @@ def softmax_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("transposed", (make(7, 5, 3, 2).permute(3, 2, 1, 0), mask))
     yield Sample("no_rows", (make(2, 0, 4),))
     yield Sample("large", (make(3, 40, 65) * 20,))
+    # Sizes that fused kernels ask for; one query of it sees no key.
+    tiles = make(2, 1, 32, 32) > 0.5
+    tiles[1, 0, 5] = True
+    yield Sample("tiles", (make(2, 1, 32, 32), tiles, 0.5), {"causal": True})
+    yield Sample("tiles_plain", (make(1, 2, 64, 32),))
 
 
 def softmax_errors() -> Iterator[ErrorSample]:
