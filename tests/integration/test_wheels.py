@@ -144,15 +144,22 @@ IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
 names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-skipped = sys.argv[2:]
+skipped = tuple(sys.argv[2:])
 for name in names:
-    if name not in skipped:
+    if not name.startswith(skipped):
         importlib.import_module(name)
 print(json.dumps([package.__file__, package.__version__, sorted(sys.modules)]))
 """
-# Values of patches, imported once Megatron is there; everything else imports without it.
+# What names another library at import, and is itself imported once that is there: values of patches
+# (Megatron, ms-ops), the old operator names (ms-ops), a backend (torch_npu).
 GLUE = ("attention_module", "norm_module", "provider", "rope_function", "swiglu_function")
-NEEDS_MEGATRON = ("mindspeed.megatron_adaptor", *(f"mindspeed.features.ops.{n}" for n in GLUE))
+NEEDS_OTHERS = (
+    "mindspeed.megatron_adaptor",
+    "mindspeed.ops.",
+    *(f"mindspeed.features.ops.{name}" for name in GLUE),
+    "mindspeed.features.ops.moe_permute_function",
+    "ms_profile.profiler.npu",
+)
 
 
 @each_package
@@ -171,7 +178,7 @@ def test_alone_in_an_empty_environment(built, package, tmp_path):
     base = {r.name.lower() for r in declared if r.marker is None}
     link_distributions(closure(base), site)
     file, version, modules = json.loads(
-        run_python(IMPORT_ALL, package.module, *NEEDS_MEGATRON, python=python, isolated=True)
+        run_python(IMPORT_ALL, package.module, *NEEDS_OTHERS, python=python, isolated=True)
     )
     assert Path(file).is_relative_to(site)
     assert version == wheel_metadata(wheel)["Version"]

@@ -31,7 +31,7 @@ class Package:
 
 PACKAGES = (
     Package("ms-ops", "ms-ops", "ms_ops"),
-    Package("ms-profile", "ms-profile", "ms_profile"),
+    Package("ms-profile", "ms-profile", "ms_profile", ("report",)),
     Package("mindspeed", "ms-adaptor", "mindspeed", ("l1", "l2", "profile", "train", "all")),
 )
 LIBRARIES = tuple(package for package in PACKAGES if package.name != "mindspeed")

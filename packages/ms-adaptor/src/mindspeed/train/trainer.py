@@ -32,8 +32,6 @@ from mindspeed.train.level import activate_level
 from mindspeed.train.measure import Measured, StepMeters
 from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.validate import ConfigError, check
-from ms_profile.memory import peak_bytes
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -197,6 +195,8 @@ class Trainer:
             measure: find out what the step costs (`StepResult.measured`). The step takes longer and
                 does the same; give it on every rank. Needs ms-profile.
         """
+        from ms_profile.memory import peak_bytes
+
         meters = StepMeters([unwrap(c) for c in self.chunks], self.optimizer) if measure else None
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
