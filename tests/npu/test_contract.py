@@ -6,6 +6,7 @@ import torch
 from ms_ops import registry, testing
 from ms_ops.testing.npu import recorded_schemas
 from support import npu_contract, npu_stubs
+from support.mutation import Mutation
 
 OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
 
@@ -33,3 +34,16 @@ def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype, monkeypat
 
     failure = npu_contract.in_child(check)
     assert not failure, failure
+
+
+MUTANTS = [
+    Mutation("keyword", "ms_ops.norm.npu:forward", "epsilon=eps", "eps=eps", 2),
+    Mutation("gradient's dtype", "ms_ops.norm.npu:backward", "dweight.to(weight.dtype)", "dweight"),
+    Mutation("order", "ms_ops.norm.npu:backward", "scale, rstd)", "rstd, scale)"),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTANTS, ids=[m.name for m in MUTANTS])
+def test_a_wrong_call_is_noticed(mutation):
+    with mutation.applied():
+        assert npu_contract.in_child(lambda: npu_contract.run_samples("rms_norm", torch.bfloat16))
