@@ -141,3 +141,47 @@ def test_torchs_grouped_product_agrees(monkeypatch, transposed):
         pytest.skip("torch has its grouped product for CUDA only")
     assert len(calls) == 1
     torch.testing.assert_close(grouped, plain)
+
+
+def quantised():
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(10, 8, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randint(-127, 128, (3, 8, 6), generator=generator, dtype=torch.int8)
+    scale, shift, bias = (torch.randn(3, 6, generator=generator).bfloat16() for _ in range(3))
+    return x, weight, scale, shift, bias
+
+
+def check_weight_quant():
+    x, weight, scale, shift, bias = quantised()
+    y = ms_ops.weight_quant_grouped_matmul(x, weight, scale, ENDS, weight_offset=shift, bias=bias)
+    wide = (weight.double() + shift.double()[:, None]) * scale.double()[:, None]
+    matrices = wide.bfloat16()
+    assert torch.equal(y, ms_ops.grouped_matmul(x, matrices, ENDS, bias=bias))
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    want = ms_ops.grouped_matmul(dy, matrices, ENDS, transpose_weight=True)
+    assert torch.equal(dx, want)
+
+
+def test_weights_of_8_bits():
+    check_weight_quant()
+
+
+@pytest.mark.parametrize("old", ["wide += ", ".mul_(scale.unsqueeze(1))"])
+def test_a_wrong_weight_is_caught(old):
+    new = "wide = wide - " if "+=" in old else ""
+    mutation = Mutation(old, "ms_ops.matmul.quant:weight_quant_grouped_matmul", old, new)
+    assert_caught(mutation, check_weight_quant)
+
+
+def test_weights_of_8_bits_refuse():
+    x, weight, scale, *_ = quantised()
+    call = ms_ops.weight_quant_grouped_matmul
+    with pytest.raises(TypeError, match=r"weight: got torch\.bfloat16, need torch\.int8"):
+        call(x, weight.bfloat16(), scale, ENDS)
+    with pytest.raises(TypeError, match=r"x: got torch\.float32"):
+        call(x.float(), weight, scale, ENDS)
+    with pytest.raises(ValueError, match=r"scale: got \(2, 6\), need \(3, 6\)"):
+        call(x, weight, scale[1:], ENDS)
+    with pytest.raises(TypeError, match=r"weight_offset: got torch\.float32"):
+        call(x, weight, scale, ENDS, weight_offset=scale.float())

@@ -18,6 +18,7 @@ OPERATORS = {
     "matmul_add_": Right(matmul.add),
     "grouped_matmul_add_": Right(matmul.grouped_add),
     "grouped_matmul": Right(matmul.forward, matmul.backward),
+    "quant_grouped_matmul": Right(matmul.quant),
 }
 
 
@@ -73,7 +74,29 @@ def empty_group_uninitialised(dy, x, offsets, transposed):
     return dweight
 
 
+def half_of_the_rows_bits(
+    x, weight, scale, offsets, per_token_scale, bias, activation, output_dtype
+):
+    args = (offsets, per_token_scale, bias, activation, output_dtype)
+    return matmul.quant(x.div(2, rounding_mode="trunc"), weight, scale * 2, *args)
+
+
+def bias_after_the_scale(x, weight, scale, offsets, tokens, bias, activation, output_dtype):
+    y = matmul.quant(x, weight, scale, offsets, tokens, None, "none", output_dtype)
+    if bias is not None:
+        sizes = torch.diff(offsets, prepend=offsets.new_zeros(1))
+        y = y + bias.repeat_interleave(sizes, 0).to(y.dtype)
+    return matmul.activate(y, activation)
+
+
+def tokens_unscaled(x, weight, scale, offsets, tokens, bias, activation, output_dtype):
+    return matmul.quant(x, weight, scale, offsets, None, bias, activation, output_dtype)
+
+
 MUTANTS = [
+    ("quant_grouped_matmul", half_of_the_rows_bits, None),
+    ("quant_grouped_matmul", bias_after_the_scale, None),
+    ("quant_grouped_matmul", tokens_unscaled, None),
     ("matmul_add_", product_rounded, None),
     ("matmul_add_", accumulator_overwritten, None),
     ("matmul_add_", roles_swapped, None),

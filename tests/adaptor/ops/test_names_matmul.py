@@ -12,6 +12,8 @@ from mindspeed.ops.npu_groupmatmul_add import npu_groupmatmul_add_fp32
 from mindspeed.ops.npu_matmul_add import npu_matmul_add_fp16, npu_matmul_add_fp32
 from mindspeed.ops.npu_moe_token_permute import npu_moe_token_permute
 from mindspeed.ops.npu_moe_token_unpermute import npu_moe_token_unpermute
+from mindspeed.ops.quant_gmm import npu_quant_gmm, npu_quant_gmm_v2
+from mindspeed.ops.weight_quant_gmm import npu_weight_quant_gmm, npu_weight_quant_gmm_v2
 
 ENDS = torch.tensor([2, 2, 7])
 SIZES = torch.tensor([2, 0, 5])
@@ -31,7 +33,13 @@ FFN = [
     *("bias1", "bias2", "scale", "offset", "deq_scale1", "deq_scale2", *SCALES),
     *("inner_precise", "output_dtype"),
 ]
+QUANT = ["x", "weight", "scale", "offset", "per_token_scale", "bias", "group_list"]
+WEIGHT = ["x", "weight", "antiquant_scale", "antiquant_offset", "bias", "group_list", "act_type"]
 SIGNATURES = {
+    npu_quant_gmm: [*QUANT, "output_dtype", "act_type"],
+    npu_quant_gmm_v2: [*QUANT, "output_dtype", "act_type"],
+    npu_weight_quant_gmm: WEIGHT,
+    npu_weight_quant_gmm_v2: WEIGHT,
     npu_ffn: FFN,
     npu_gmm: GMM,
     npu_gmm_v2: GMM,
@@ -163,3 +171,56 @@ def test_ffn():
     ):
         with pytest.raises(ValueError, match=f"npu_ffn: .*{message}|{message}"):
             npu_ffn(x, weight, second, "silu", expert_tokens_index=ENDS, **kwargs)
+
+
+def integers():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-127, 128, (7, 8), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (3, 8, 6), generator=generator, dtype=torch.int8)
+    return x, weight, torch.rand(3, 6, generator=generator) / 100
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4, 5])
+def test_quant_gmm(number):
+    x, weight, scale = integers()
+    tokens = torch.rand(7)
+    kwargs = {"per_token_scale": tokens, "output_dtype": torch.bfloat16, "act_type": number}
+    y = npu_quant_gmm(x, weight, scale, group_list=ENDS, **kwargs)
+    assert torch.equal(y, npu_quant_gmm_v2(x, weight, scale, group_list=SIZES, **kwargs))
+    sums = torch.cat([x[:2].float() @ weight[0].float(), x[2:].float() @ weight[2].float()])
+    scaled = sums * scale[[0, 0, 2, 2, 2, 2, 2]] * tokens[:, None]
+    want = {
+        0: scaled,
+        1: scaled.relu(),
+        2: torch.nn.functional.gelu(scaled, approximate="tanh"),
+        4: scaled * torch.sigmoid(1.702 * scaled),
+        5: torch.nn.functional.silu(scaled),
+    }[number]
+    torch.testing.assert_close(y.float(), want, rtol=4e-3, atol=1e-5)
+
+
+def test_quant_gmm_refuses():
+    x, weight, scale = integers()
+    half = {"group_list": ENDS, "output_dtype": torch.half}
+    for kwargs, message in (
+        ({"group_list": ENDS}, "output_dtype: got None"),
+        ({**half, "act_type": 3}, "act_type: got 3"),
+        ({**half, "act_type": 1}, "act_type: got 1, need 0 without per_token_scale"),
+        ({**half, "offset": scale}, "offset: got a tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"npu_quant_gmm: {message}"):
+            npu_quant_gmm(x, weight, scale, **kwargs)
+
+
+def test_weight_quant_gmm():
+    _, weight, scale = integers()
+    x = torch.randn(7, 8).half()
+    scale, shift = scale.half(), torch.ones(3, 6).half()
+    y = npu_weight_quant_gmm(x, weight, scale, antiquant_offset=shift, group_list=ENDS)
+    again = npu_weight_quant_gmm_v2(x, weight, scale, antiquant_offset=shift, group_list=SIZES)
+    assert torch.equal(y, again)
+    matrices = ((weight.float() + 1) * scale.float()[:, None]).half()
+    want = torch.cat([x[:2] @ matrices[0], x[2:] @ matrices[2]])
+    torch.testing.assert_close(y, want)
+    with pytest.raises(ValueError, match="act_type: got 1, need one of 0"):
+        npu_weight_quant_gmm(x, weight, scale, group_list=ENDS, act_type=1)

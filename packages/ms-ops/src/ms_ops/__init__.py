@@ -15,7 +15,14 @@ from .attention import (
 )
 from .flops import register_flop_formulas
 from .masks import MaskSpec, from_sparse_mode
-from .matmul import ffn, grouped_matmul, grouped_matmul_add_, matmul_add_
+from .matmul import (
+    ffn,
+    grouped_matmul,
+    grouped_matmul_add_,
+    matmul_add_,
+    quant_grouped_matmul,
+    weight_quant_grouped_matmul,
+)
 from .moe import moe_permute, moe_permute_map, moe_unpermute, moe_unpermute_map
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
@@ -84,6 +91,7 @@ __all__ = [
     "moe_unpermute",
     "moe_unpermute_map",
     "operators",
+    "quant_grouped_matmul",
     "register_backend",
     "register_flop_formulas",
     "report",
@@ -96,4 +104,5 @@ __all__ = [
     "swiglu",
     "unregister_backend",
     "verdicts",
+    "weight_quant_grouped_matmul",
 ]

@@ -3,5 +3,13 @@
 from .accumulate import grouped_matmul_add_, matmul_add_
 from .ffn import ffn
 from .grouped import grouped_matmul
+from .quant import quant_grouped_matmul, weight_quant_grouped_matmul
 
-__all__ = ["ffn", "grouped_matmul", "grouped_matmul_add_", "matmul_add_"]
+__all__ = [
+    "ffn",
+    "grouped_matmul",
+    "grouped_matmul_add_",
+    "matmul_add_",
+    "quant_grouped_matmul",
+    "weight_quant_grouped_matmul",
+]

@@ -3,8 +3,8 @@
 With the ends of the groups on the host, groups of one size are one batched product. On CUDA
 torch's grouped product takes the ends from the device, for bf16 and aligned widths. Everything else
 is one product a group, written in place; that reads the ends, which waits for a device. torch has a
-grouped product for the CPU too, but where there were many groups its forward and backward took four
-times as long as the loop. `grouped_matmul_add_` always reads the ends: torch has no grouped product
+grouped product for the CPU too, but where there were many groups its weight gradient took longer
+than the loop. `grouped_matmul_add_` always reads the ends: torch has no grouped product
 that adds to fp32 what it computed from 16-bit inputs.
 """
 
@@ -15,7 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..device import compute_dtype
 from ..registry import Backend, Kernel
+from .quant import activate
 
 _grouped_mm = getattr(torch, "_grouped_mm", None)
 _ALIGNMENT = 16
@@ -65,6 +67,40 @@ def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor
         else:
             dweight[group].zero_()
     return dweight
+
+
+def quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    per_token_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """Return the scaled integer products, one product a group."""
+    y = x.new_empty((x.shape[0], weight.shape[2]), dtype=output_dtype)
+    dtype = compute_dtype(scale.dtype)
+    for group, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
+        if end == start:
+            continue
+        sums = _integer_product(x[start:end], weight[group])
+        if bias is not None:
+            sums = sums + bias[group]
+        block = sums.to(dtype).mul_(scale[group])
+        if per_token_scale is not None:
+            block.mul_(per_token_scale[start:end].unsqueeze(1))
+        y[start:end] = activate(block, activation)
+    return y
+
+
+def _integer_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return the exact product of 8-bit integers."""
+    if rows.device.type == "cpu" and rows.shape[1] and matrix.shape[1]:
+        return torch._int_mm(rows.contiguous(), matrix.contiguous())
+    # Every sum of products of 8-bit integers is exact in fp64, on every device that has it.
+    return (rows.double() @ matrix.double()).to(torch.int32)
 
 
 def _multiply(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -122,5 +158,6 @@ BACKEND = Backend(
         "matmul_add_": Kernel(add),
         "grouped_matmul_add_": Kernel(grouped_add),
         "grouped_matmul": Kernel(forward, backward),
+        "quant_grouped_matmul": Kernel(quant),
     },
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..device import compute_dtype
 from ..registry import Backend, Kernel
+from .quant import activate
 
 
 def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -50,6 +51,29 @@ def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor
     return torch.cat([x.new_zeros(shape, dtype=dtype), *(p[None] for p in products)]).to(x.dtype)
 
 
+def quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    per_token_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """Return act((x_e W_e + bias_e) * scale_e * per_token_scale) with sums in 64-bit integers."""
+    dtype = compute_dtype(scale.dtype)
+    blocks = []
+    for group, rows in enumerate(parts(x, offsets)):
+        sums = rows.long() @ weight[group].long()
+        sums = sums if bias is None else sums + bias[group]
+        blocks.append(sums.to(dtype) * scale[group].to(dtype))
+    y = torch.cat([x.new_zeros((0, weight.shape[2]), dtype=dtype), *blocks])
+    if per_token_scale is not None:
+        y = y * per_token_scale.to(dtype).unsqueeze(1)
+    return activate(y, activation).to(output_dtype)
+
+
 def parts(rows: Tensor, offsets: Tensor) -> Iterator[Tensor]:
     """Yield the rows of each group."""
     start = 0
@@ -65,5 +89,6 @@ BACKEND = Backend(
         "matmul_add_": Kernel(add),
         "grouped_matmul_add_": Kernel(grouped_add),
         "grouped_matmul": Kernel(forward, backward),
+        "quant_grouped_matmul": Kernel(quant),
     },
 )
