@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed.features.ops import attention, attention_window, rms_norm, rope, swiglu
+from mindspeed.features.ops import (
+    attention,
+    attention_window,
+    rms_norm,
+    rope,
+    softmax,
+    swiglu,
+)
 from support.ranks import run_ranks
 
 
@@ -185,6 +192,58 @@ def test_window_flags_become_the_window_size():
     assert (config.window_size, config.config_class) == ((8, 0), str)
 
 
+def softmax_results(rank, world_size):
+    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.utils import attention_mask_func
+
+    from mindspeed.features.ops.softmax_function import wrap_softmax
+
+    theirs = FusedScaleMaskSoftmax.forward_torch_softmax
+    calls = []
+
+    def original(self, *args):
+        calls.append(len(args))
+        return theirs(self, *args)
+
+    ours, results = wrap_softmax(original), []
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None]
+    for low, kind, given, scale, columns in (
+        (False, "causal", None, None, 9),
+        (False, "causal", mask, 0.7, 9),
+        (True, "padding", mask[..., :7], 0.7, 7),
+        (True, "padding", None, None, 7),
+    ):
+        module = FusedScaleMaskSoftmax(
+            False, low, AttnMaskType[kind], False, attention_mask_func, True, scale
+        )
+        torch.manual_seed(3)
+        x = torch.randn(2, 3, 9, columns).to(torch.bfloat16 if low else torch.float32)
+        x.requires_grad_()
+        dy = torch.randn(x.shape).to(x.dtype)
+        pair = []
+        for function in (theirs, ours):
+            y = function(module, x * 1, given)
+            pair.append([y.detach(), *torch.autograd.grad(y, x, dy)])
+        results.append(pair)
+    before = len(calls)
+    module.mask_func = lambda scores, mask: scores.masked_fill(mask, -10000.0)
+    ours(module, x, mask[..., :7])
+    ours(module, x, None, torch.zeros(3))
+    return results, before, calls
+
+
+def test_softmax():
+    results, before, calls = in_megatron(softmax_results)
+    for theirs, mine in results:
+        rtol, atol = (1.6e-2, 1e-3) if mine[0].dtype is torch.bfloat16 else (1e-5, 1e-6)
+        for got, wanted in zip(mine, theirs, strict=True):
+            assert got.dtype is wanted.dtype
+            torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol)
+    assert before == 0
+    assert calls == [2, 3]
+
+
 def rope_results(rank, world_size, kwargs, width):
     from megatron.core.models.common.embeddings import rope_utils
 
@@ -329,6 +388,9 @@ def test_norms_of_other_libraries_stay():
         (attention_window, {"seq_length": 100, "pre_tokens": 9}, "10% of the keys"),
         (rms_norm, {"normalization": "LayerNorm"}, "nothing changes"),
         (rms_norm, {"normalization": "RMSNorm"}, "pays at every size"),
+        (softmax, {}, "nothing changes"),
+        (softmax, {"attention_dropout": 0.1, "bf16": True}, "in 16 bits"),
+        (softmax, {"attention_dropout": 0.1}, "every training step"),
         (rope, {"position_embedding_type": "none"}, "nothing to rotate"),
         (rope, {"position_embedding_type": "rope"}, "pays at every size"),
         (swiglu, {}, "not gated"),

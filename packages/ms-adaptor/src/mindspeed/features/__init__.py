@@ -35,6 +35,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.moe_permute",
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",
+    "mindspeed.features.ops.softmax",
     "mindspeed.features.ops.swiglu",
     "mindspeed.features.ops.weight_gradient",
     "mindspeed.features.profile.determinism",

@@ -14,18 +14,20 @@ def forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tenso
     """Return y as the reference does."""
     scores = upcast(x) * scale
     out = left_out(x, mask, causal)
-    if out is None:
-        return torch.softmax(scores, -1).to(x.dtype).contiguous()
-    y = torch.softmax(scores.masked_fill(out, -torch.inf), -1)
-    # A row that is all masked is 0 / 0; elsewhere masked places are 0 already.
-    return y.masked_fill(out, 0.0).to(x.dtype).contiguous()
+    if out is not None:
+        scores.masked_fill_(out, -torch.inf)
+    y = torch.softmax(scores, -1)
+    if out is not None and mask is not None:
+        # A row that is all masked is 0 / 0; under the triangle alone every row has a key.
+        y.masked_fill_(out, 0.0)
+    return y.to(x.dtype).contiguous()
 
 
 def backward(dy: Tensor, y: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """Return dx from the saved y; where that is 0, dx is 0 too."""
     wide = upcast(y)
     dx = torch.ops.aten._softmax_backward_data(upcast(dy), wide, -1, compute_dtype(y.dtype))
-    scaled: Tensor = (dx * scale).to(y.dtype).contiguous()
+    scaled: Tensor = dx.mul_(scale).to(y.dtype).contiguous()
     return scaled
 
 
