@@ -22,7 +22,7 @@ ANSWERS = {
     "aclrtGetDevice": "int {name}(int *device) { *device = 0; return 0; }",
     "aclrtCreateStreamWithConfig": "int {name}(void **s) { *s = &s; return 0; }",
     "aclGetCompileoptSize": "unsigned long {name}(void) { return 16; }",
-    "aclGetCompileopt": "int {name}(int o, char *value) { value[0] = '0'; value[1] = 0; return 0; }",
+    "aclGetCompileopt": "int {name}(int o, char *v) { v[0] = '0'; v[1] = 0; return 0; }",
     "aclrtGetSocName": 'const char *{name}(void) { return "Ascend910B1"; }',
 }
 # Made by the compiler or found in every process.
