@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,15 @@ from ..case import ErrorSample, OpTest, Sample, maker
 
 
 def attention_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    """Yield calls of `attention`, all with `return_lse`."""
+    """Yield calls of `attention`, all with `return_lse`; every third in fp16.
+
+    fp16 takes the same code as bf16 and differs in the bounds only.
+    """
+    step = 3 if dtype is torch.float16 else 1
+    return itertools.islice(_attention_calls(dtype, device), 0, None, step)
+
+
+def _attention_calls(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     make = maker(dtype, device)
 
     def call(name: str, tensors: tuple[Tensor, ...], **kwargs: Any) -> Sample:
@@ -307,7 +316,7 @@ TESTS = (
         plain=plain_attention,
         outputs=("M", "S"),
         gradients={0: "MG", 1: "MG", 2: "MG", "bias": "MG", "sink": "MG"},
-        traced=("gqa_causal", "mask_causal_gqa"),
+        traced=("mask_causal_gqa",),
         resized=("bshd_causal", "gqa_causal"),
         grows={0: 1, 1: 1, 2: 1},
     ),
