@@ -24,7 +24,7 @@ from torch.nn.modules import module as hooks
 _NO_NUMBER = 2**64 - 1  # autograd's number of a node that sums into a leaf's gradient
 _LONGEST = 1 << 20  # entries of the history; the older half is dropped beyond
 
-__all__ = ["current", "path_of", "unwatch", "watch"]
+__all__ = ["current", "is_running", "path_of", "unwatch", "watch"]
 
 
 class _Watch:
@@ -108,6 +108,11 @@ def unwatch() -> None:
 def path_of(module: nn.Module) -> str:
     """The path that a module is known by while modules are watched; its class's name otherwise."""
     return type(module).__name__ if _watch is None else _watch.name(module)
+
+
+def is_running() -> bool | None:
+    """Whether the forward of some module is running; None while modules are not watched."""
+    return None if _watch is None else bool(_watch.stack)
 
 
 def current() -> str:

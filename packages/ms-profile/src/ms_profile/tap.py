@@ -48,8 +48,9 @@ def phase() -> Phase:
     """What the operator that is being dispatched belongs to.
 
     `backward` and `recompute` are inside an autograd pass; there, what is run with gradients on, or
-    in the forward of a `torch.autograd.Function`, can only be a forward that is run again. `other`
-    is outside of one with gradients off: evaluation, an optimizer step.
+    in the forward of a `torch.autograd.Function`, is taken for a forward that is run again (a
+    Function whose backward applies a Function is not told from that). `other` is outside of one
+    with gradients off: evaluation, an optimizer step.
     """
     grad = torch.is_grad_enabled()
     # Function.apply switches forward-mode gradients off as well, `no_grad` does not.

@@ -58,11 +58,8 @@ def phase() -> tap.Phase:
     like a forward that is run again; but a recomputation runs the forward of modules.
     """
     phase = tap.phase()
-    if phase == "recompute" and not torch.is_grad_enabled():
-        watch = modules._watch
-        if watch is not None and not watch.stack:
-            return "backward"
-    return phase
+    again = phase == "recompute" and not torch.is_grad_enabled()
+    return "backward" if again and modules.is_running() is False else phase
 
 
 def communicates(func: OpOverload) -> bool:
