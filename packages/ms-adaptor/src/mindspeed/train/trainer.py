@@ -33,6 +33,7 @@ from mindspeed.train.measure import Measured, StepMeters
 from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.validate import ConfigError, check
 
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did, equal on every rank.
