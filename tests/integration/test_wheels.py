@@ -152,12 +152,19 @@ print(json.dumps([package.__file__, package.__version__, sorted(sys.modules)]))
 """
 # What names another library at import, and is itself imported once that is there: values of patches
 # (Megatron, ms-ops), the old operator names (ms-ops), a backend (torch_npu).
-GLUE = ("attention_module", "norm_module", "provider", "rope_function", "swiglu_function")
+GLUE = (
+    "attention_module",
+    "moe_permute_function",
+    "norm_module",
+    "provider",
+    "rope_function",
+    "softmax_function",
+    "swiglu_function",
+)
 NEEDS_OTHERS = (
     "mindspeed.megatron_adaptor",
     "mindspeed.ops.",
     *(f"mindspeed.features.ops.{name}" for name in GLUE),
-    "mindspeed.features.ops.moe_permute_function",
     "ms_profile.profiler.npu",
 )
 
