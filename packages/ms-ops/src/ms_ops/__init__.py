@@ -26,6 +26,7 @@ from .matmul import (
 from .moe import moe_permute, moe_permute_map, moe_unpermute, moe_unpermute_map
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
+from .optim import fused_adamw_, fused_ema_adamw_
 from .registry import (
     Backend,
     BackendError,
@@ -83,6 +84,8 @@ __all__ = [
     "explain",
     "ffn",
     "from_sparse_mode",
+    "fused_adamw_",
+    "fused_ema_adamw_",
     "grouped_matmul",
     "grouped_matmul_add_",
     "matmul_add_",

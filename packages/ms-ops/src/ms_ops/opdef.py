@@ -22,8 +22,8 @@ from .registry import Facts
 
 NAMESPACE = "ms"
 
-# Arguments that a schema marks as written into: `Tensor(a!) acc`.
-_WRITTEN = re.compile(r"Tensor\(\w+!\) (\w+)")
+# Arguments that a schema marks as written into: `Tensor(a!) acc`, `Tensor(a!)[] params`.
+_WRITTEN = re.compile(r"Tensor\(\w+!\)(?:\[\])? (\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)

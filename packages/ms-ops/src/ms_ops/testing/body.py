@@ -270,7 +270,7 @@ def _leaves(test: OpTest, sample: Sample) -> tuple[list[Any], dict[str, Any]]:
     for i in sample.differentiable:
         _put(args, kwargs, i, _at(args, kwargs, i).detach().requires_grad_())
     for i in test.mutates:
-        args[i] = args[i].clone()
+        args[i] = None if args[i] is None else args[i].clone()
     return args, kwargs
 
 

@@ -12,6 +12,7 @@ FAMILIES = (
     "matmul",
     "moe",
     "norm",
+    "optim",
     "rope",
     "softmax",
 )
