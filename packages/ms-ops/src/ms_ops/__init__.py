@@ -13,6 +13,7 @@ from .attention import (
     attention_merge,
     causal_mask,
 )
+from .dropout_norm import dropout_add_norm
 from .flops import register_flop_formulas
 from .masks import MaskSpec, from_sparse_mode
 from .matmul import (
@@ -81,6 +82,7 @@ __all__ = [
     "attention_merge",
     "backend",
     "causal_mask",
+    "dropout_add_norm",
     "explain",
     "ffn",
     "from_sparse_mode",

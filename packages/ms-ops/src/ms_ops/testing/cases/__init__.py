@@ -9,6 +9,7 @@ from ..case import OpTest
 FAMILIES = (
     "activation",
     "attention",
+    "dropout_norm",
     "matmul",
     "moe",
     "norm",
