@@ -69,6 +69,18 @@ MUTANTS = {
         ("gradient and result swapped", "ms_ops.softmax.npu:backward",
          "dy.contiguous(), y,", "y, dy.contiguous(),", 1),
     ],
+    "attention_merge": [
+        ("parts exchanged", "ms_ops.attention.merge.npu:forward",
+         "outs[0], tops[0], ones, outs[1], tops[1]", "outs[0], tops[1], ones, outs[1], tops[0]", 1),
+        ("layout by the packed one's name", "ms_ops.attention.merge.npu:forward",
+         'input_layout="SBH"', 'layout="SBH"', 1),
+        ("log of the sum dropped", "ms_ops.attention.merge.npu:forward",
+         "+ total[..., 0].log()", "", 1),
+        ("rows without keys", "ms_ops.attention.merge.npu:forward",
+         ".masked_fill(blank, 0.0)", "", 1),
+        ("heads and rows exchanged", "ms_ops.attention.merge.npu:_copies",
+         "lse.transpose(0, 1).reshape", "lse.reshape", 1),
+    ],
     "attention": [
         ("mask polarity", "ms_ops.attention.npu_mask:masking", "(~full)", "full", 1),
         ("bounds by v2's names", "ms_ops.attention.npu:_prepare", '"_v2" else', '"" else', 1),

@@ -96,6 +96,36 @@ def permute_dtypes(device: str) -> dict[str, Any]:
     return result
 
 
+def merge_ends(device: str) -> dict[str, Any]:
+    """Whether lengths are ends or start from 0 in the packed update of ring attention.
+
+    For each storage of the statistics and each list: whether the result is right, or the error.
+    """
+    outs = [_noise(device, 5, 2, 64).roll(shift, 0) for shift in (0, 1)]
+    sums = [_noise(device, 5, 2).roll(shift, 0) for shift in (0, 1)]
+    share = torch.sigmoid(sums[0] - sums[1]).unsqueeze(-1)
+    truth = outs[1] + share * (outs[0] - outs[1])
+    result: dict[str, Any] = {}
+    for storage in ("", "TND"):
+        tops = [s.unsqueeze(-1).expand(5, 2, 8) for s in sums]
+        if not storage:
+            tops = [torch.cat([t[a:b].transpose(0, 1).reshape(-1) for a, b in ((0, 2), (2, 5))])
+                    .view(5, 2, 8) for t in tops]  # fmt: skip
+        tops = [t.contiguous() for t in tops]
+        ones = torch.ones_like(tops[0])
+        for name, ends in (("ends", [2, 5]), ("from 0", [0, 2, 5])):
+            lengths = torch.tensor(ends, device=device)
+            try:
+                out = torch.ops.npu.npu_ring_attention_update(
+                    outs[0], tops[0], ones, outs[1], tops[1], ones,
+                    actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout=storage,
+                )[0]  # fmt: skip
+                result[f"{storage or 'blocks'}, {name}"] = torch.allclose(out, truth, atol=1e-4)
+            except RuntimeError as error:
+                result[f"{storage or 'blocks'}, {name}"] = f"RuntimeError: {error}"[:200]
+    return result
+
+
 def _noise(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(shape, generator=generator).to(dtype).to(device)
@@ -109,6 +139,7 @@ def _number(x: Tensor) -> float | str:
 PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
     "attention: rows without keys": empty_rows,
     "attention: maximum of a row": row_maximum,
+    "attention_merge: lengths of a pack": merge_ends,
     "rope: backward without x": rope_backward_without_x,
     "swiglu: fp16": swiglu_half,
     "grouped_matmul_add_: accumulation": grouped_add,

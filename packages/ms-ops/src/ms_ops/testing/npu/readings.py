@@ -13,9 +13,12 @@ class Readings:
         empty_rows: what attention returns for a query that may attend to no key, with
             inner_precise=2: "zero" (output 0, maximum -inf, sum 0) or "uniform" (the mean of all
             values, a finite maximum, the number of keys).
+        merge_ends: how the update of ring attention wants the lengths of a pack: "ends" (where each
+            sequence ends) or "from 0" (where each starts, and the last end).
     """
 
     empty_rows: str = "zero"
+    merge_ends: str = "ends"
 
 
 _now = [Readings()]
