@@ -37,6 +37,12 @@ def test_swiglu_keeps_its_input():
     assert saved(lambda: ms_ops.swiglu(x)) == 6 * 4 * 32 * 2
 
 
+def test_swiglu_with_bias_or_weights_keeps_them_and_its_input():
+    x, bias, weights = make(6, 4, 32), make(32), make(6, 4, 1)
+    assert saved(lambda: ms_ops.bias_swiglu(x, bias)) == (6 * 4 * 32 + 32) * 2
+    assert saved(lambda: ms_ops.weighted_swiglu(x, weights)) == (6 * 4 * 32 + 6 * 4) * 2
+
+
 def test_rope_keeps_cos_and_sin():
     x, angles = make(6, 2, 4, 32), torch.randn(6, 1, 1, 32)
     cos, sin = angles.cos(), angles.sin()

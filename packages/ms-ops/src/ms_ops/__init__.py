@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .activation import swiglu
+from .activation import bias_swiglu, swiglu, weighted_swiglu
 from .attention import (
     alibi_bias,
     alibi_slopes,
@@ -27,7 +27,7 @@ from .matmul import (
 from .moe import moe_permute, moe_permute_map, moe_unpermute, moe_unpermute_map
 from .norm import rms_norm, rms_norm_with_rstd
 from .opdef import OPERATORS
-from .optim import fused_adamw_, fused_ema_adamw_
+from .optim import FusedAdamW, FusedEmaAdamW, fused_adamw_, fused_ema_adamw_
 from .registry import (
     Backend,
     BackendError,
@@ -73,6 +73,8 @@ __all__ = [
     "Backend",
     "BackendError",
     "Facts",
+    "FusedAdamW",
+    "FusedEmaAdamW",
     "Kernel",
     "MaskSpec",
     "alibi_bias",
@@ -81,6 +83,7 @@ __all__ = [
     "attention_backward",
     "attention_merge",
     "backend",
+    "bias_swiglu",
     "causal_mask",
     "dropout_add_norm",
     "explain",
@@ -110,4 +113,5 @@ __all__ = [
     "unregister_backend",
     "verdicts",
     "weight_quant_grouped_matmul",
+    "weighted_swiglu",
 ]

@@ -2,6 +2,8 @@
 
 (a, b) = halves of x      y = a * sigmoid(a) * b
 da = dy * b * s * (1 + a * (1 - s)),  db = dy * a * s,  s = sigmoid(a)
+with a bias: x + bias in the place of x, dbias = sum of dx over rows
+with weights: y * w,  dw = sum over a row of dy * y,  dy * w in the place of dy
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..checks import check_float, check_tensor, fail
 from ..opdef import OpDef, define_op
 from ..registry import Facts
+from .forms import bias_swiglu, weighted_swiglu
 
 
 def swiglu(x: Tensor, dim: int = -1) -> Tensor:
@@ -89,3 +92,5 @@ OPERATOR = define_op(
         backward_flops=None,
     )
 )
+
+__all__ = ["bias_swiglu", "swiglu", "weighted_swiglu"]

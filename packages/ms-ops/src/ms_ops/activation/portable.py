@@ -39,15 +39,62 @@ def backward(dy: Tensor, x: Tensor, dim: int) -> Tensor:
     """Return dx from x alone, with one exponential: s + silu * (1 - s) = lerp(silu, 1, s)."""
     dx = x.new_empty(x.shape)
     for (part, grad, out), axis in _blocks(dim, x, dy, dx):
-        gate, up = part.chunk(2, axis)
-        dgate, dup = out.chunk(2, axis)
-        gate, grad = upcast(gate), upcast(grad)
-        sigmoid = torch.sigmoid(gate)
-        silu = sigmoid * gate
-        dup.copy_(silu * grad)
-        slope = torch.lerp(silu, silu.new_ones(()), sigmoid)
-        dgate.copy_(slope.mul_(grad).mul_(up))
+        _slopes(part, upcast(grad), out, axis)
     return dx
+
+
+def bias_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """Return SwiGLU of x + bias; the sum exists for one block of rows at a time."""
+    y = x.new_empty([*x.shape[:-1], x.shape[-1] // 2])
+    for (part, out), _ in _blocks(-1, x, y):
+        gate, up = torch.add(upcast(part), bias).chunk(2, -1)
+        out.copy_(F.silu(gate).mul_(up))
+    return y
+
+
+def bias_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (dx, dbias); dbias sums what dx is before it is rounded."""
+    dx, dbias = x.new_empty(x.shape), upcast(torch.zeros_like(bias))
+    for (part, grad, out), _ in _blocks(-1, x, dy, dx):
+        wide = torch.add(upcast(part), bias)
+        slopes = torch.empty_like(wide)
+        _slopes(wide, upcast(grad), slopes, -1)
+        out.copy_(slopes)
+        dbias = dbias + (slopes.sum(tuple(range(slopes.dim() - 1))) if slopes.dim() > 1 else slopes)
+    return dx, dbias.to(bias.dtype)
+
+
+def weighted_forward(x: Tensor, weights: Tensor) -> Tensor:
+    """Return SwiGLU of x times weights [..., 1]."""
+    y = x.new_empty([*x.shape[:-1], x.shape[-1] // 2])
+    for (part, weight, out), _ in _blocks(-1, x, weights, y):
+        gate, up = part.chunk(2, -1)
+        out.copy_(F.silu(upcast(gate)).mul_(up).mul_(weight))
+    return y
+
+
+def weighted_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (dx, dweights) with one exponential."""
+    dx, dweights = x.new_empty(x.shape), weights.new_empty(weights.shape)
+    for (part, weight, grad, out, dweight), _ in _blocks(-1, x, weights, dy, dx, dweights):
+        wide = upcast(grad)
+        _, up = part.chunk(2, -1)
+        silu = _slopes(part, wide * weight, out, -1)
+        dweight.copy_(silu.mul_(up).mul_(wide).sum(-1, keepdim=True))
+    return dx, dweights
+
+
+def _slopes(x: Tensor, grad: Tensor, out: Tensor, axis: int) -> Tensor:
+    """Write dx into `out` and return silu(a), in the compute dtype."""
+    gate, up = x.chunk(2, axis)
+    dgate, dup = out.chunk(2, axis)
+    gate = upcast(gate)
+    sigmoid = torch.sigmoid(gate)
+    silu = sigmoid * gate
+    dup.copy_(silu * grad)
+    slope = torch.lerp(silu, silu.new_ones(()), sigmoid)
+    dgate.copy_(slope.mul_(grad).mul_(up))
+    return silu
 
 
 def _blocks(dim: int, *tensors: Tensor) -> Iterable[tuple[tuple[Tensor, ...], int]]:
@@ -61,4 +108,12 @@ def _blocks(dim: int, *tensors: Tensor) -> Iterable[tuple[tuple[Tensor, ...], in
     return [(block, -1) for block in zip(*parts, strict=True)]
 
 
-BACKEND = Backend("portable", 90, {"swiglu": Kernel(forward, backward)})
+BACKEND = Backend(
+    "portable",
+    90,
+    {
+        "swiglu": Kernel(forward, backward),
+        "bias_swiglu": Kernel(bias_forward, bias_backward),
+        "weighted_swiglu": Kernel(weighted_forward, weighted_backward),
+    },
+)
