@@ -1,5 +1,7 @@
-"""Steps of optimizers on lists of tensors, in place: AdamW, and AdamW with averaged weights."""
+"""AdamW, alone and with averaged weights: steps on lists of tensors, in place, and optimizers."""
 
 from .adamw import fused_adamw_, fused_ema_adamw_
+from .averaged import FusedEmaAdamW
+from .optimizers import FusedAdamW
 
-__all__ = ["fused_adamw_", "fused_ema_adamw_"]
+__all__ = ["FusedAdamW", "FusedEmaAdamW", "fused_adamw_", "fused_ema_adamw_"]

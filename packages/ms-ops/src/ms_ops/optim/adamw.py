@@ -152,7 +152,7 @@ def _prepare_adamw(
         named["max_exp_avg_sqs"] = max_exp_avg_sqs
     lists = _lists(op, named, step)
     largest = lists[4] if max_exp_avg_sqs is not None else []
-    _check_options(op, lr, beta1, beta2, eps, weight_decay, mode)
+    check_options(op, lr, beta1, beta2, eps, weight_decay, mode)
     options = (lr, beta1, beta2, eps, weight_decay, mode, bias_correction, maximize)
     return *lists[:4], step, largest, *options
 
@@ -177,7 +177,7 @@ def _prepare_ema_adamw(
     op = "fused_ema_adamw_"
     named = dict(zip(_NAMES, (params, grads, exp_avgs, exp_avg_sqs), strict=True))
     lists = _lists(op, {**named, "emas": emas}, step)
-    _check_options(op, lr, beta1, beta2, eps, weight_decay, mode)
+    check_options(op, lr, beta1, beta2, eps, weight_decay, mode)
     if not 0 <= ema_decay <= 1:
         fail(ValueError, op, "ema_decay", ema_decay, "a number in [0, 1]")
     return *lists, step, lr, ema_decay, beta1, beta2, eps, weight_decay, mode, bias_correction
@@ -215,9 +215,10 @@ def _list(op: str, name: str, value: Tensors) -> list[Tensor]:
     return list(value)
 
 
-def _check_options(
+def check_options(
     op: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, mode: int
 ) -> None:
+    """Raise ValueError unless every number is in its range."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             fail(ValueError, op, name, beta, "a number in [0, 1)")
