@@ -63,35 +63,35 @@ def weight_gradient_of_other_slots(dout, permuted, sorted_indices, probs, rows):
     return dpermuted, dprobs.flip(-1) if dprobs.dim() == 2 else dprobs
 
 
-def token_numbers_returned(tokens, routing_map, probs, rows, drop_and_pad):
+def token_numbers_returned(tokens, routing_map, probs, rows, drop_and_pad, *_):
     permuted, weights, order = moe.permute_map(tokens, routing_map, probs, rows, drop_and_pad)
     return permuted, weights, moe._rows_of(routing_map, rows, drop_and_pad)[0].to(order.dtype)
 
 
-def capacity_takes_the_last(tokens, routing_map, probs, rows, drop_and_pad):
+def capacity_takes_the_last(tokens, routing_map, probs, rows, drop_and_pad, *_):
     if not drop_and_pad:
         return moe.permute_map(tokens, routing_map, probs, rows, drop_and_pad)
     flipped = None if probs is None else probs.flip(0)
     return moe.permute_map(tokens.flip(0), routing_map.flip(0), flipped, rows, drop_and_pad)
 
 
-def probs_gradient_unsorted(dpermuted, dprobs, sorted_indices, routing_map, drop_and_pad):
+def probs_gradient_unsorted(dpermuted, dprobs, sorted_indices, routing_map, drop_and_pad, *_):
     dprobs = None if dprobs is None else dprobs[sorted_indices.long()]
     return moe.permute_map_backward(dpermuted, dprobs, sorted_indices, routing_map, drop_and_pad)
 
 
-def all_weights_one(permuted, sorted_indices, routing_map, probs, drop_and_pad):
+def all_weights_one(permuted, sorted_indices, routing_map, probs, drop_and_pad, *_):
     return moe.unpermute_map(permuted, sorted_indices, routing_map, None, drop_and_pad)
 
 
-def padding_ignored(permuted, sorted_indices, routing_map, probs, drop_and_pad):
+def padding_ignored(permuted, sorted_indices, routing_map, probs, drop_and_pad, *_):
     if drop_and_pad:
         permuted = permuted.clone()
         permuted[-1:] = 0
     return moe.unpermute_map(permuted, sorted_indices, routing_map, probs, drop_and_pad)
 
 
-def rows_unweighted(dout, permuted, sorted_indices, routing_map, probs, drop_and_pad):
+def rows_unweighted(dout, permuted, sorted_indices, routing_map, probs, drop_and_pad, *_):
     args = (permuted, sorted_indices, routing_map)
     _, dprobs = moe.unpermute_map_backward(dout, *args, probs, drop_and_pad)
     return moe.unpermute_map_backward(dout, *args, None, drop_and_pad)[0], dprobs

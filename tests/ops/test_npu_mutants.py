@@ -62,6 +62,20 @@ MUTANTS = {
         ("weights rounded", "ms_ops.moe.npu:_alike", "rows.float().contiguous(), probs.float()",
          "rows.contiguous(), probs.to(rows.dtype)", 1),
     ],
+    "moe_permute_map": [
+        ("number of rows dropped", "ms_ops.moe.npu:permute_map", "num_out_tokens=rows, ", "", 1),
+        ("weights dropped", "ms_ops.moe.npu:permute_map", "probs=weights, ", "", 1),
+        ("tokens and experts swapped", "ms_ops.moe.npu:permute_map_backward",
+         "experts, tokens, False", "tokens, experts, False", 1),
+    ],
+    "moe_unpermute_map": [
+        ("map not given", "ms_ops.moe.npu:unpermute_map",
+         "routing_map=routing_map.contiguous()", "routing_map=None", 1),
+        ("token of a row", "ms_ops.moe.npu:unpermute_map_backward",
+         "(count // dout.shape[0])", "count", 1),
+        ("index and tokens exchanged", "ms_ops.moe.npu:unpermute_map_backward",
+         "sorted_indices.int(), token", "token, sorted_indices.int()", 1),
+    ],
     "scaled_masked_softmax": [
         ("scale dropped", "ms_ops.softmax.npu:forward", "scale, False", "1.0, False", 1),
         ("rows all masked", "ms_ops.softmax.npu:forward",
@@ -129,7 +143,7 @@ def small_samples(op, dtype):
             yield sample
 
 
-WRONG = (AssertionError, RuntimeError, TypeError, ValueError)
+WRONG = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def check(op):

@@ -20,6 +20,7 @@ from ..device import common_device
 from ..opdef import OpDef, define_op
 from ..registry import Facts
 from .index_form import check_count, check_rows
+from .plan import is_plain
 
 PERMUTE = "moe_permute_map"
 UNPERMUTE = "moe_unpermute_map"
@@ -32,6 +33,7 @@ def moe_permute_map(
     num_out_tokens: int | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Repeat each token for every expert it goes to, in the order of the experts.
 
@@ -43,6 +45,8 @@ def moe_permute_map(
             them, which waits for a device. With `drop_and_pad` E times the capacity, not None.
         drop_and_pad: every expert has the same number of rows, its capacity, at most T: tokens
             beyond it are dropped, missing ones are filled with tokens that do not go there.
+        uniform: every token goes to the same number of experts, as it does when none is dropped.
+            Ascend's kernels serve such maps only; the caller's word, checked on the host alone.
 
     Returns:
         permuted: [rows, H].
@@ -53,10 +57,13 @@ def moe_permute_map(
     Raises:
         TypeError: an argument that is no tensor, a dtype that does not fit.
         ValueError: shapes that do not match, a number of rows that is not that of the map (found
-            on the host only), no capacity of 0 to T.
+            on the host only), no capacity of 0 to T, `uniform` with `drop_and_pad` or a map that is
+            not.
         RuntimeError: tensors on different devices.
     """
-    args = prepare(tokens, routing_map, probs, num_out_tokens, drop_and_pad=drop_and_pad)
+    args = prepare(
+        tokens, routing_map, probs, num_out_tokens, drop_and_pad=drop_and_pad, uniform=uniform
+    )
     permuted, permuted_probs, sorted_indices = PERMUTE_OPERATOR(*args)
     return permuted, None if probs is None else permuted_probs, sorted_indices
 
@@ -68,6 +75,7 @@ def moe_unpermute_map(
     probs: Tensor | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> Tensor:
     """Sum the rows of each token, weighted by `probs`, in the tokens' order.
 
@@ -77,6 +85,7 @@ def moe_unpermute_map(
         routing_map: [T, E] bool, the one that the tokens were permuted by.
         probs: [T, E], any floating dtype; None for weight 1.
         drop_and_pad: as for `moe_permute_map`.
+        uniform: as for `moe_permute_map`.
 
     Returns:
         Tensor [T, H] of permuted's dtype, products and sum in fp32 (fp64 for fp64), rounded once.
@@ -85,11 +94,11 @@ def moe_unpermute_map(
 
     Raises:
         TypeError: an argument that is no tensor, a dtype that does not fit.
-        ValueError: shapes that do not match.
+        ValueError: shapes that do not match, `uniform` as for `moe_permute_map`.
         RuntimeError: tensors on different devices.
     """
     args = prepare_unpermute(
-        permuted, sorted_indices, routing_map, probs, drop_and_pad=drop_and_pad
+        permuted, sorted_indices, routing_map, probs, drop_and_pad=drop_and_pad, uniform=uniform
     )
     out: Tensor = UNPERMUTE_OPERATOR(*args)
     return out
@@ -102,6 +111,7 @@ def prepare(
     num_out_tokens: int | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> tuple[Any, ...]:
     """Check the arguments and return those of the custom op."""
     check_rows(PERMUTE, "tokens", tokens)
@@ -110,11 +120,12 @@ def prepare(
         need = f"{tokens.shape[0]}, those of tokens"
         fail(ValueError, PERMUTE, "routing_map", f"{routing_map.shape[0]} rows", need)
     common_device(PERMUTE, tokens, routing_map, probs)
+    _check_uniform(PERMUTE, routing_map, drop_and_pad, uniform)
     if drop_and_pad:
         _check_capacity(PERMUTE, routing_map, num_out_tokens)
     elif num_out_tokens is None:
         num_out_tokens = _count(routing_map)
-    return tokens, routing_map, probs, num_out_tokens, bool(drop_and_pad)
+    return tokens, routing_map, probs, num_out_tokens, bool(drop_and_pad), bool(uniform)
 
 
 def prepare_unpermute(
@@ -124,6 +135,7 @@ def prepare_unpermute(
     probs: Tensor | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> tuple[Any, ...]:
     """Check the arguments and return those of the custom op."""
     check_rows(UNPERMUTE, "permuted", permuted)
@@ -135,9 +147,10 @@ def prepare_unpermute(
         fail(ValueError, UNPERMUTE, "sorted_indices", tuple(sorted_indices.shape), need)
     _check_map(UNPERMUTE, routing_map, probs)
     common_device(UNPERMUTE, permuted, sorted_indices, routing_map, probs)
+    _check_uniform(UNPERMUTE, routing_map, drop_and_pad, uniform)
     if drop_and_pad:
         _check_capacity(UNPERMUTE, routing_map, permuted.shape[0])
-    return permuted, sorted_indices, routing_map, probs, bool(drop_and_pad)
+    return permuted, sorted_indices, routing_map, probs, bool(drop_and_pad), bool(uniform)
 
 
 def _check_map(op: str, routing_map: Tensor, probs: Tensor | None) -> None:
@@ -163,6 +176,18 @@ def _check_capacity(op: str, routing_map: Tensor, rows: int | None) -> None:
         fail(ValueError, op, "num_out_tokens" if op == PERMUTE else "permuted", rows, need)
 
 
+def _check_uniform(op: str, routing_map: Tensor, drop_and_pad: bool, uniform: bool) -> None:
+    if not uniform:
+        return
+    if drop_and_pad:
+        fail(ValueError, op, "uniform", "True beside drop_and_pad", "one of them")
+    if is_plain(routing_map) and routing_map.numel():
+        sizes = routing_map.sum(1)
+        if bool((sizes != sizes[0]).any()):
+            got = f"True with tokens that go to {int(sizes.min())} to {int(sizes.max())} experts"
+            fail(ValueError, op, "uniform", got, "False, or the same number for all")
+
+
 def _count(routing_map: Tensor) -> int:
     if torch.compiler.is_compiling():
         fail(ValueError, PERMUTE, "num_out_tokens", None, "a number under torch.compile")
@@ -170,9 +195,18 @@ def _count(routing_map: Tensor) -> int:
 
 
 def _facts(
-    tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, drop_and_pad: bool
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None,
+    rows: int,
+    drop_and_pad: bool,
+    uniform: bool,
 ) -> Facts:
-    options = (("probs", None if probs is None else probs.dtype), ("drop_and_pad", drop_and_pad))
+    options = (
+        ("probs", None if probs is None else probs.dtype),
+        ("drop_and_pad", drop_and_pad),
+        ("uniform", uniform),
+    )
     return Facts(tokens.device.type, tokens.dtype, options)
 
 
@@ -182,12 +216,13 @@ def _backward_facts(
     sorted_indices: Tensor,
     routing_map: Tensor,
     drop_and_pad: bool,
+    uniform: bool,
 ) -> Facts:
-    return _facts(dpermuted, routing_map, dpermuted_probs, 0, drop_and_pad)
+    return _facts(dpermuted, routing_map, dpermuted_probs, 0, drop_and_pad, uniform)
 
 
 def _fake(
-    tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, drop_and_pad: bool
+    tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, *_: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     permuted_probs = tokens.new_empty(0) if probs is None else probs.new_empty(rows)
     sorted_indices = tokens.new_empty(rows, dtype=torch.int32)
@@ -199,7 +234,7 @@ def _backward_fake(
     dpermuted_probs: Tensor | None,
     sorted_indices: Tensor,
     routing_map: Tensor,
-    drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     dtokens = dpermuted.new_empty((routing_map.shape[0], dpermuted.shape[1]))
     if dpermuted_probs is None:
@@ -208,7 +243,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, routing_map, probs, _, ctx.drop_and_pad, ctx.backend = inputs
+    _, routing_map, probs, _, *ctx.options = inputs
     ctx.has_probs = probs is not None
     ctx.mark_non_differentiable(*output[1 if probs is None else 2 :])
     ctx.save_for_backward(output[2], routing_map)
@@ -223,10 +258,9 @@ def _grad(
         dpermuted_probs if ctx.has_probs else None,
         sorted_indices,
         routing_map,
-        ctx.drop_and_pad,
-        ctx.backend,
+        *ctx.options,
     )
-    return dtokens, None, dprobs if ctx.has_probs else None, None, None, None
+    return dtokens, None, dprobs if ctx.has_probs else None, None, None, None, None
 
 
 def _unpermute_facts(
@@ -235,8 +269,9 @@ def _unpermute_facts(
     routing_map: Tensor,
     probs: Tensor | None,
     drop_and_pad: bool,
+    uniform: bool,
 ) -> Facts:
-    return _facts(permuted, routing_map, probs, 0, drop_and_pad)
+    return _facts(permuted, routing_map, probs, 0, drop_and_pad, uniform)
 
 
 def _unpermute_backward_facts(dout: Tensor, permuted: Tensor | None, *rest: Any) -> Facts:
@@ -255,7 +290,7 @@ def _unpermute_backward_fake(
     sorted_indices: Tensor,
     routing_map: Tensor,
     probs: Tensor | None,
-    drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     dpermuted = dout.new_empty((sorted_indices.shape[0], dout.shape[1]))
     if permuted is None or probs is None:
@@ -264,7 +299,7 @@ def _unpermute_backward_fake(
 
 
 def _unpermute_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    permuted, sorted_indices, routing_map, probs, ctx.drop_and_pad, ctx.backend = inputs
+    permuted, sorted_indices, routing_map, probs, *ctx.options = inputs
     kept = permuted if probs is not None and ctx.needs_input_grad[3] else None
     ctx.save_for_backward(kept, sorted_indices, routing_map, probs)
 
@@ -272,9 +307,9 @@ def _unpermute_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _unpermute_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     permuted, sorted_indices, routing_map, probs = ctx.saved_tensors
     dpermuted, dprobs = UNPERMUTE_OPERATOR.backward(
-        dout, permuted, sorted_indices, routing_map, probs, ctx.drop_and_pad, ctx.backend
+        dout, permuted, sorted_indices, routing_map, probs, *ctx.options
     )
-    return dpermuted, None, None, None if permuted is None else dprobs, None, None
+    return dpermuted, None, None, None if permuted is None else dprobs, None, None, None
 
 
 PERMUTE_OPERATOR = define_op(
@@ -282,10 +317,10 @@ PERMUTE_OPERATOR = define_op(
         name=PERMUTE,
         family=str(__package__),
         prepare=prepare,
-        schema="(Tensor tokens, Tensor routing_map, Tensor? probs, SymInt rows, bool drop_and_pad)"
-        " -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor tokens, Tensor routing_map, Tensor? probs, SymInt rows, bool drop_and_pad,"
+        " bool uniform) -> (Tensor, Tensor, Tensor)",
         backward_schema="(Tensor dpermuted, Tensor? dpermuted_probs, Tensor sorted_indices,"
-        " Tensor routing_map, bool drop_and_pad) -> (Tensor, Tensor)",
+        " Tensor routing_map, bool drop_and_pad, bool uniform) -> (Tensor, Tensor)",
         facts=_facts,
         backward_facts=_backward_facts,
         fake=_fake,
@@ -301,9 +336,9 @@ UNPERMUTE_OPERATOR = define_op(
         family=str(__package__),
         prepare=prepare_unpermute,
         schema="(Tensor permuted, Tensor sorted_indices, Tensor routing_map, Tensor? probs,"
-        " bool drop_and_pad) -> Tensor",
+        " bool drop_and_pad, bool uniform) -> Tensor",
         backward_schema="(Tensor dout, Tensor? permuted, Tensor sorted_indices, Tensor routing_map,"
-        " Tensor? probs, bool drop_and_pad) -> (Tensor, Tensor)",
+        " Tensor? probs, bool drop_and_pad, bool uniform) -> (Tensor, Tensor)",
         facts=_unpermute_facts,
         backward_facts=_unpermute_backward_facts,
         fake=_unpermute_fake,

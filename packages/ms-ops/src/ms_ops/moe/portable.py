@@ -56,7 +56,12 @@ def unpermute_backward(
 
 
 def permute_map(
-    tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, drop_and_pad: bool
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None,
+    rows: int,
+    drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (permuted, permuted_probs, sorted_indices)."""
     token, expert = rows_of(routing_map, rows, drop_and_pad)
@@ -71,6 +76,7 @@ def permute_map_backward(
     sorted_indices: Tensor,
     routing_map: Tensor,
     drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the tokens and of probs (empty without probs)."""
     where = (sorted_indices, routing_map, drop_and_pad)
@@ -88,6 +94,7 @@ def unpermute_map(
     routing_map: Tensor,
     probs: Tensor | None,
     drop_and_pad: bool,
+    *_: bool,
 ) -> Tensor:
     """Return the weighted sum of each token's rows."""
     where = (sorted_indices, routing_map, drop_and_pad)
@@ -102,6 +109,7 @@ def unpermute_map_backward(
     routing_map: Tensor,
     probs: Tensor | None,
     drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of permuted and of probs (empty when permuted is None)."""
     where = (sorted_indices, routing_map, drop_and_pad)

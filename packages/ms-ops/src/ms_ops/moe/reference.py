@@ -47,7 +47,12 @@ def unpermute_backward(
 
 
 def permute_map(
-    tokens: Tensor, routing_map: Tensor, probs: Tensor | None, rows: int, drop_and_pad: bool
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None,
+    rows: int,
+    drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (permuted, permuted_probs, sorted_indices)."""
     token, expert = _rows_of(routing_map, rows, drop_and_pad)
@@ -61,6 +66,7 @@ def permute_map_backward(
     sorted_indices: Tensor,
     routing_map: Tensor,
     drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the tokens and of probs (empty without probs)."""
     dtokens = unpermute_map(dpermuted, sorted_indices, routing_map, None, drop_and_pad)
@@ -77,6 +83,7 @@ def unpermute_map(
     routing_map: Tensor,
     probs: Tensor | None,
     drop_and_pad: bool,
+    *_: bool,
 ) -> Tensor:
     """Return the weighted sum of each token's rows."""
     token, expert = _rows_of(routing_map, permuted.shape[0], drop_and_pad)
@@ -95,6 +102,7 @@ def unpermute_map_backward(
     routing_map: Tensor,
     probs: Tensor | None,
     drop_and_pad: bool,
+    *_: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of permuted and of probs (empty when permuted is None)."""
     token, expert = _rows_of(routing_map, sorted_indices.shape[0], drop_and_pad)

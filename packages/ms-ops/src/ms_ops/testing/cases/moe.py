@@ -145,6 +145,14 @@ def permute_map_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield call("capacity", map_of(9, 4), rows=12)
     yield call("capacity_all", map_of(6, 3), rows=18)
     yield call("capacity_0", map_of(6, 3), rows=0)
+    equal = {"uniform": True}
+    args = (make(9, 5), map_of(9, 4, 2), make(9, 4, dtype=compute_dtype(dtype)), 18)
+    yield Sample("uniform", args, equal, (0, 2))
+    yield Sample("uniform_without_probs", (make(7, 3), map_of(7, 5, 3), None, 21), equal)
+    turned = (make(4, 8).t(), map_of(8, 3, 1), make(3, 8).t(), 8)
+    yield Sample("uniform_turned", turned, equal, (0, 2))
+    nowhere = torch.zeros(3, 5, dtype=torch.bool)
+    yield Sample("uniform_nowhere", (make(3, 4), nowhere, None, 0), equal)
     tall = (make(5, 9).t(), map_of(9, 4, 2), make(4, 9).t(), 18)
     yield Sample("transposed", tall, {}, (0, 2))
 
@@ -160,9 +168,12 @@ def permute_map_errors() -> Iterator[ErrorSample]:
     yield ErrorSample("rows", (tokens, routing_map[1:]), ValueError, "routing_map: got 4 rows")
     yield ErrorSample("probs", (tokens, routing_map, probs[1:]), ValueError, "probs: got (4, 4)")
     yield ErrorSample("int_probs", (tokens, routing_map, probs.int()), TypeError, "probs: got")
-    yield ErrorSample("few", (tokens, routing_map, None, 9), ValueError, "got 9, need 10, the True")
-    yield ErrorSample("many", (tokens, routing_map, None, 11), ValueError, "got 11, need 10, the")
+    for rows in (9, 11):
+        # Equal numbers of experts: every backend has a kernel for these.
+        args, message = (tokens, routing_map, None, rows), f"got {rows}, need 10, the True"
+        yield ErrorSample(f"{rows}_of_10", args, ValueError, message, {"uniform": True})
     yield ErrorSample("none", (tokens, routing_map), ValueError, "num_out_tokens: got None", pad)
+    yield from _uniform_errors((tokens, map_of(5, 4)), (tokens, routing_map, None, 8))
     yield ErrorSample(
         "uneven", (tokens, routing_map, None, 7), ValueError, "need 4 experts times a", pad
     )
@@ -172,6 +183,15 @@ def permute_map_errors() -> Iterator[ErrorSample]:
     yield ErrorSample("device", (tokens, routing_map.to("meta")), RuntimeError, "on one device")
 
 
+def _uniform_errors(
+    unequal: tuple[object, ...], padded: tuple[object, ...]
+) -> Iterator[ErrorSample]:
+    equal, message = {"uniform": True}, "uniform: got True with tokens that go to 1 to 2 experts"
+    yield ErrorSample("unequal", unequal, ValueError, message, equal)
+    both = {**equal, "drop_and_pad": True}
+    yield ErrorSample("two_forms", padded, ValueError, "uniform: got True beside", both)
+
+
 def plain_permute_map(
     tokens: Tensor,
     routing_map: Tensor,
@@ -179,6 +199,7 @@ def plain_permute_map(
     num_out_tokens: int | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the rows by a scan of the transposed map."""
     if drop_and_pad:
@@ -199,7 +220,12 @@ def unpermute_map_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     wide = compute_dtype(dtype)
 
     def call(
-        name: str, routing_map: Tensor, probs: torch.dtype | None, rows: int = -1, width: int = 5
+        name: str,
+        routing_map: Tensor,
+        probs: torch.dtype | None,
+        rows: int = -1,
+        width: int = 5,
+        **options: bool,
     ) -> Sample:
         pad = rows >= 0
         count = rows if pad else int(routing_map.sum())
@@ -207,7 +233,8 @@ def unpermute_map_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         order = permute_map(tokens, routing_map, None, count, pad)[2]
         weights = None if probs is None else make(*routing_map.shape, dtype=probs)
         args = (make(count, width), order, routing_map, weights)
-        return Sample(name, args, {"drop_and_pad": pad}, (0,) if probs is None else (0, 3))
+        options["drop_and_pad"] = pad
+        return Sample(name, args, options, (0,) if probs is None else (0, 3))
 
     yield call("top2", map_of(8, 4, 2), dtype)
     yield call("wide_probs", map_of(8, 4, 2), wide)
@@ -219,6 +246,12 @@ def unpermute_map_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield call("capacity", map_of(9, 4), wide, 12)
     yield call("capacity_no_probs", map_of(9, 4), None, 16)
     yield call("capacity_more", map_of(13, 4), None, 24)
+    yield call("uniform", map_of(8, 4, 2), dtype, uniform=True)
+    yield call("uniform_wide_probs", map_of(8, 4, 2), wide, uniform=True)
+    yield call("uniform_without_probs", map_of(7, 5, 3), None, uniform=True)
+    yield call("uniform_nowhere", torch.zeros(3, 4, dtype=torch.bool), dtype, uniform=True)
+    rows, order, routing_map, probs = call("", map_of(8, 4, 2), dtype).args
+    yield Sample("uniform_fixed_probs", (rows, order.long(), routing_map, probs), {"uniform": True})
 
 
 def unpermute_map_errors() -> Iterator[ErrorSample]:
@@ -232,6 +265,7 @@ def unpermute_map_errors() -> Iterator[ErrorSample]:
     yield ErrorSample("order", (rows, order[1:], routing_map), ValueError, "sorted_indices: got (9")
     yield ErrorSample("ints", (rows, order, probs), TypeError, "need torch.bool")
     yield ErrorSample("probs", (*args, probs[:, 1:]), ValueError, "probs: got (5, 3), need (5, 4)")
+    yield from _uniform_errors((rows, order, map_of(5, 4)), (rows, order, routing_map))
     yield ErrorSample(
         "uneven", args, ValueError, "permuted: got 10, need 4 experts", {"drop_and_pad": True}
     )
@@ -247,6 +281,7 @@ def plain_unpermute_map(
     probs: Tensor | None = None,
     *,
     drop_and_pad: bool = False,
+    uniform: bool = False,
 ) -> Tensor:
     """Return the rows scattered and added to their tokens."""
     rows = permuted.shape[0]

@@ -23,7 +23,17 @@ from . import readings as _readings
 from .readings import Readings
 
 # Modules of this folder that hold KERNELS, functions by the operator's qualified name.
-FAMILIES = ("activation", "attention", "matmul", "merge", "moe", "norm", "rope", "softmax")
+FAMILIES = (
+    "activation",
+    "attention",
+    "matmul",
+    "merge",
+    "moe",
+    "moe_map",
+    "norm",
+    "rope",
+    "softmax",
+)
 # Where ATB's package says that it is installed.
 ATB = "ATB_HOME_PATH"
 

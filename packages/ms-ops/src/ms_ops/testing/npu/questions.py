@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,18 +113,57 @@ def merge_ends(device: str) -> dict[str, Any]:
             tops = [torch.cat([t[a:b].transpose(0, 1).reshape(-1) for a, b in ((0, 2), (2, 5))])
                     .view(5, 2, 8) for t in tops]  # fmt: skip
         tops = [t.contiguous() for t in tops]
-        ones = torch.ones_like(tops[0])
         for name, ends in (("ends", [2, 5]), ("from 0", [0, 2, 5])):
             lengths = torch.tensor(ends, device=device)
-            try:
-                out = torch.ops.npu.npu_ring_attention_update(
-                    outs[0], tops[0], ones, outs[1], tops[1], ones,
-                    actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout=storage,
-                )[0]  # fmt: skip
-                result[f"{storage or 'blocks'}, {name}"] = torch.allclose(out, truth, atol=1e-4)
-            except RuntimeError as error:
-                result[f"{storage or 'blocks'}, {name}"] = f"RuntimeError: {error}"[:200]
+            right = _tried(partial(_merges, outs, tops, truth, lengths, storage))
+            result[f"{storage or 'blocks'}, {name}"] = right
     return result
+
+
+def _merges(
+    outs: list[Tensor], tops: list[Tensor], truth: Tensor, lengths: Tensor, storage: str
+) -> bool:
+    ones = torch.ones_like(tops[0])
+    out = torch.ops.npu.npu_ring_attention_update(
+        outs[0], tops[0], ones, outs[1], tops[1], ones,
+        actual_seq_qlen=lengths, input_layout="TND", input_softmax_layout=storage,
+    )[0]  # fmt: skip
+    return torch.allclose(out, truth, atol=1e-4)
+
+
+def routing_maps(device: str) -> dict[str, Any]:
+    """What the permutation by a map does with fp32 weights, unequal choices and a capacity."""
+    tokens = _noise(device, 3, 16, dtype=torch.bfloat16)
+    equal = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]], device=device).bool()
+    unequal = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 0, 1]], device=device).bool()
+    probs = _noise(device, 3, 3)
+
+    def run(routing_map: Tensor, **options: Any) -> Any:
+        op = torch.ops.npu.npu_moe_token_permute_with_routing_map
+        return op(tokens, routing_map, num_out_tokens=6, **options)
+
+    def weights() -> bool:
+        return torch.equal(run(equal, probs=probs)[1], probs.t()[equal.t()])
+
+    def choices() -> bool:
+        return torch.equal(run(unequal)[0], tokens[unequal.t().nonzero()[:, 1]])
+
+    def capacity() -> list[int]:
+        rows: list[int] = run(unequal, drop_and_pad=True)[2].tolist()
+        return rows
+
+    return {
+        "fp32 weights are right": _tried(weights),
+        "unequal choices are right": _tried(choices),
+        "rows of a capacity of 2": _tried(capacity),
+    }
+
+
+def _tried(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except RuntimeError as error:
+        return f"RuntimeError: {error}"[:200]
 
 
 def _noise(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,4 +184,5 @@ PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
     "swiglu: fp16": swiglu_half,
     "grouped_matmul_add_: accumulation": grouped_add,
     "moe_permute: dtypes": permute_dtypes,
+    "moe_permute_map: weights, choices, capacity": routing_maps,
 }
