@@ -154,8 +154,11 @@ print(json.dumps([package.__file__, package.__version__, sorted(sys.modules)]))
 # (Megatron, ms-ops), the old operator names (ms-ops), a backend (torch_npu).
 GLUE = (
     "attention_module",
+    "ema_model",
+    "grouped_matmul_function",
     "moe_permute_function",
     "norm_module",
+    "optimizer_builder",
     "provider",
     "rope_function",
     "softmax_function",

@@ -16,8 +16,12 @@ from mindspeed.features.ops import (
 from support.ranks import run_ranks
 
 
+# Megatron compiles its small functions; eager ones compute the same and start at once.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+
+
 def in_megatron(function, *args):
-    return run_ranks(function, 1, *args, preload="megatron")[0]
+    return run_ranks(function, 1, *args, preload="megatron", env=EAGER)[0]
 
 
 def config(**options):
@@ -345,10 +349,42 @@ def test_swiglu(biased):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_swiglu_with_fp8_input_stored():
-    theirs, ours = in_megatron(swiglu_results, False, {"fp8_input_store": True})
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu_with_fp8_input_stored(biased):
+    theirs, ours = in_megatron(swiglu_results, biased, {"fp8_input_store": True})
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def weighted_results(rank, world_size, kwargs):
+    from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl as theirs
+
+    from mindspeed.features.ops.swiglu_function import weighted_bias_swiglu_impl as ours
+
+    torch.manual_seed(5)
+    x, weights = torch.randn(8, 12, requires_grad=True), torch.rand(8, 1, requires_grad=True)
+    results = []
+    for function in (theirs, ours):
+        y = function(x, None, weights, **kwargs)
+        torch.manual_seed(6)
+        results.append([y.detach(), *torch.autograd.grad(y, (x, weights), torch.randn_like(y))])
+    return results
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fp8_input_store": True}], ids=["plain", "fp8"])
+def test_weighted_swiglu(kwargs):
+    theirs, ours = in_megatron(weighted_results, kwargs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_swiglu_keeps_is_marked_for_offloading():
+    from mindspeed.features.ops.swiglu_function import bias_swiglu_impl
+
+    x, bias = torch.randn(4, 12), torch.randn(12)
+    bias_swiglu_impl(x, bias, cpu_offload_input=True)
+    assert x.activation_offloading
+    assert bias.activation_offloading
 
 
 def spec_classes(rank, world_size):

@@ -32,6 +32,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.transformer_engine",
     "mindspeed.features.ops.attention",
     "mindspeed.features.ops.attention_window",
+    "mindspeed.features.ops.grouped_matmul",
     "mindspeed.features.ops.moe_permute",
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",

@@ -47,8 +47,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
 
 def _fusion_options(config: TrainConfig) -> dict[str, Any]:
     options = dict(vars(config.fusion))
-    # Level 1 serves the MLP's fused SwiGLU without compiling it; experts have a form of their own.
-    if config.optimization_level >= 1 and config.model.swiglu and config.moe.num_experts is None:
+    # Level 1 serves the fused SwiGLU of MLP and experts without compiling it.
+    if config.optimization_level >= 1 and config.model.swiglu:
         options["bias_activation_fusion"] = True
     return options
 

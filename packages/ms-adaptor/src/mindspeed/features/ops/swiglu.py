@@ -9,7 +9,7 @@ from mindspeed.patching.records import Feature, Patch
 FEATURE = Feature(
     name="ops.swiglu",
     level=1,
-    doc="The fused SwiGLU of the MLP runs on ms_ops.swiglu.",
+    doc="The fused SwiGLU of MLP and experts runs on ms_ops, with its bias or its weights.",
     packages=("ms-ops",),
     patches=(
         Patch(
@@ -22,6 +22,20 @@ FEATURE = Feature(
                 " use_te_activation_func, which the local GPT spec does not read; the MLP calls"
                 " this function by name."
             ),
+        ),
+        Patch(
+            target="megatron.core.fusions.fused_bias_swiglu:weighted_bias_swiglu_impl",
+            kind="replace",
+            value="mindspeed.features.ops.swiglu_function:weighted_bias_swiglu_impl",
+            when="swiglu or gated_linear_unit",
+            reason="Experts call this function by name, with the weights of the router.",
+        ),
+        Patch(
+            target="megatron.core.transformer.moe.experts:GroupedMLP.__init__",
+            kind="wrap",
+            value="mindspeed.features.ops.swiglu_function:wrap_grouped_experts",
+            when="swiglu or gated_linear_unit",
+            reason="Grouped experts make their activation themselves and compile it.",
         ),
     ),
     advise="mindspeed.features.ops.swiglu:advise",
