@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ms_ops
 from ms_ops import testing
 from ms_ops.activation import reference
+from support.compiler import has_compiler
 
 
 def traced():
@@ -16,15 +17,6 @@ def traced():
             yield pytest.param(op, name, "portable", id=f"{op}-{name}-portable")
         # Schema, autograd and fakes are the operator's, whatever the backend: once is enough.
         yield pytest.param(op, test.traced[0], "reference", id=f"{op}-{test.traced[0]}-reference")
-
-
-def has_compiler():
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        return bool(get_cpp_compiler())
-    except Exception:
-        return False
 
 
 @pytest.mark.parametrize(("op", "name", "backend"), list(traced()))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-STEMS = ("npu", "triton", "portable", "reference")
+STEMS = ("npu", "triton", "portable", "compiled", "reference")
 ENVIRONMENT = "MS_OPS"
 ENTRY_POINTS = "ms_ops.backends"
 

@@ -1,0 +1,6 @@
+"""The formulas of the reference, compiled: one pass over memory a direction."""
+
+from ..compiled import compiled
+from . import portable, reference
+
+BACKEND = compiled(reference.BACKEND, portable.BACKEND)
