@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .cost import CommCost, plan_cost
 from .heads import HeadPlan
 from .layout import SeqLayout
 from .mask import AttnMask
@@ -95,8 +96,11 @@ class Step:
     1. `wait`: until these receives are there; 2. `post`: start these sends and receives (the same
     order at both ends of a pair); 3. `blocks`: compute; 4. `wait_after`: until these receives are
     there (partial gradients, outputs computed elsewhere), add them to its own; 5. `free`: buffers
-    not needed any more. A transfer that is posted in step t carries what its sender has after
-    `wait` of step t.
+    not needed any more, `free_v`: likewise, but of keys and values only the values. A transfer
+    that is posted in step t carries what its sender has after `wait` of step t. Nothing is freed
+    before the step after which the receiver of a transfer that reads it has it.
+
+    Keys of a block lie in one buffer. What forward does not free is the state for backward.
 
     In backward, `blocks` adds to the gradients of keys and values of `kv_owner`, which are kept
     as a buffer "dkv" until a transfer carries them to the next node.
@@ -107,6 +111,7 @@ class Step:
     blocks: tuple[Block, ...] = ()
     wait_after: tuple[int, ...] = ()
     free: tuple[Buffer, ...] = ()
+    free_v: tuple[Buffer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,3 +157,16 @@ class AttnPlan:
     grad_bytes: int
     forward: Program
     backward: Program
+
+    def __hash__(self) -> int:
+        """Hash what the programs follow from: cheap, and equal for equal plans."""
+        return hash((self.algorithm, self.layout, self.mask, self.ulysses, self.window, self.heads))
+
+    def cost(self, element_bytes: int, batch: int = 1) -> tuple[CommCost, ...]:
+        """Return what every rank sends and computes, in exact integers.
+
+        Args:
+            element_bytes: bytes per element of queries, keys and values.
+            batch: rows of the batch.
+        """
+        return plan_cost(self, element_bytes, batch)
