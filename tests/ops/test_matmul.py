@@ -170,18 +170,5 @@ def test_weights_of_8_bits():
 @pytest.mark.parametrize("old", ["wide += ", ".mul_(scale.unsqueeze(1))"])
 def test_a_wrong_weight_is_caught(old):
     new = "wide = wide - " if "+=" in old else ""
-    mutation = Mutation(old, "ms_ops.matmul.quant:weight_quant_grouped_matmul", old, new)
+    mutation = Mutation(old, "ms_ops.matmul.weight_quant:matrices", old, new)
     assert_caught(mutation, check_weight_quant)
-
-
-def test_weights_of_8_bits_refuse():
-    x, weight, scale, *_ = quantised()
-    call = ms_ops.weight_quant_grouped_matmul
-    with pytest.raises(TypeError, match=r"weight: got torch\.bfloat16, need torch\.int8"):
-        call(x, weight.bfloat16(), scale, ENDS)
-    with pytest.raises(TypeError, match=r"x: got torch\.float32"):
-        call(x.float(), weight, scale, ENDS)
-    with pytest.raises(ValueError, match=r"scale: got \(2, 6\), need \(3, 6\)"):
-        call(x, weight, scale[1:], ENDS)
-    with pytest.raises(TypeError, match=r"weight_offset: got torch\.float32"):
-        call(x, weight, scale, ENDS, weight_offset=scale.float())

@@ -46,6 +46,10 @@ def check_odd_calls():
     bias = torch.randn(2, 3)
     y = ms_ops.grouped_matmul(torch.randn(4, 0), torch.randn(2, 0, 3), [1, 4], bias=bias)
     assert torch.equal(y, bias[[0, 1, 1, 1]])
+    x, weight = torch.ones(2, 1).char(), torch.ones(1, 1, 65536).char()
+    args = (x, weight, torch.ones(1, 65536), torch.tensor([2]))
+    with ms_ops.backend("npu"):
+        assert (ms_ops.quant_grouped_matmul(*args, output_dtype=torch.float16) == 1).all()
 
 
 def check_refusals(monkeypatch):
@@ -53,6 +57,12 @@ def check_refusals(monkeypatch):
     find = testing.find_sample
     wide_bias = find("grouped_matmul", "wide_bias", torch.float16)
     assert "no fp32 bias" in testing.declines("grouped_matmul", wide_bias, "npu")
+    wide_bias = find("weight_quant_grouped_matmul", "wide_bias", torch.float16)
+    assert "no fp32 bias" in testing.declines("weight_quant_grouped_matmul", wide_bias, "npu")
+    whole = find("quant_grouped_matmul", "scaled", torch.float16)
+    scales = {**whole.kwargs, "per_token_scale": torch.ones(7).double()}
+    whole = testing.Sample("fp64", whole.args, scales, ())
+    assert "fp64" in testing.declines("quant_grouped_matmul", whole, "npu")
     assert "float64" in testing.declines("swiglu", find("swiglu", "dim0", torch.float64), "npu")
     thd = find("attention", "thd", torch.float32)
     slopes = {**thd.kwargs, "alibi_slopes": ms_ops.alibi_slopes(4)}

@@ -9,6 +9,11 @@ from ms_ops.testing.npu import Readings, emulated_npu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
+# Kernels of 8-bit weights have no fp32 form.
+NOT_IN = {
+    "quant_grouped_matmul": {torch.float32},
+    "weight_quant_grouped_matmul": {torch.float32},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +37,7 @@ def test_values_fakes_and_repetition(op, dtype):
         testing.check_fake(op, sample, "npu")
         testing.check_deterministic(op, sample, "npu")
         count += 1
-    assert count >= 3
+    assert (count >= 3) != (dtype in NOT_IN.get(op, ()))
 
 
 @pytest.mark.parametrize("op", OPERATORS)

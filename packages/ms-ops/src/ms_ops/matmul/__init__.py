@@ -3,7 +3,8 @@
 from .accumulate import grouped_matmul_add_, matmul_add_
 from .ffn import ffn
 from .grouped import grouped_matmul
-from .quant import quant_grouped_matmul, weight_quant_grouped_matmul
+from .quant import quant_grouped_matmul
+from .weight_quant import weight_quant_grouped_matmul
 
 __all__ = [
     "ffn",

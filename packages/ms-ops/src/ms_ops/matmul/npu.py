@@ -15,10 +15,9 @@ from torch import Tensor
 from .. import npu
 from ..device import LOW_PRECISION
 from ..registry import Backend, Facts, Kernel
-from . import portable
-
-# What the kernel takes at most: groups, and the last dimension of each operand.
-GROUPS, WIDTH = 1024, 65535
+from . import npu_quant, portable
+from .npu_groups import ends_on, serves
+from .weight_quant import matrices
 
 
 def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -38,7 +37,7 @@ def grouped_add(acc: Tensor, x: Tensor, dy: Tensor, offsets: Tensor) -> None:
         return
     # Ends only: some versions of the kernel ignore the kind of the list.
     npu.op("npu_grouped_matmul_add_")(
-        acc, x.contiguous(), dy.contiguous(), _ends(offsets, x),
+        acc, x.contiguous(), dy.contiguous(), ends_on(offsets, x),
         transpose_x=True, transpose_weight=False, group_type=2, group_list_type=0,
     )  # fmt: skip
 
@@ -52,14 +51,14 @@ def forward(
         return torch.mm(x, matrices[0]) if bias is None else torch.addmm(bias.to(x), x, matrices[0])
     if bias is None and 0 in (x.numel(), matrices.numel()):
         return x.new_zeros((x.shape[0], matrices.shape[2]))
-    if not _serves(x, matrices, offsets):
+    if not serves(x, matrices, offsets):
         return portable.forward(x, weight, offsets, bias, transposed)
     if not (matrices.is_contiguous() or matrices.transpose(1, 2).is_contiguous()):
         matrices = matrices.contiguous()
     # The kernel adds fp16 to fp16, and fp32 to the rest.
     rows = None if bias is None else [bias if x.dtype is torch.float16 else bias.float()]
     y: Tensor = npu.op("npu_grouped_matmul")(
-        [x.contiguous()], [matrices], bias=rows, group_list=_ends(offsets, x),
+        [x.contiguous()], [matrices], bias=rows, group_list=ends_on(offsets, x),
         split_item=3, group_type=0, group_list_type=0,
     )[0]  # fmt: skip
     return y
@@ -73,20 +72,29 @@ def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor
     if offsets.shape[0] == 1:
         return (first.t() @ last).unsqueeze(0)
     dweight: Tensor = npu.op("npu_grouped_matmul")(
-        [first.contiguous().t()], [last.contiguous()], group_list=_ends(offsets, x),
+        [first.contiguous().t()], [last.contiguous()], group_list=ends_on(offsets, x),
         split_item=3, group_type=2, group_list_type=0,
     )[0]  # fmt: skip
     return dweight
 
 
-def _serves(x: Tensor, matrices: Tensor, offsets: Tensor) -> bool:
-    sizes = (x.shape[1], matrices.shape[2])
-    fits = offsets.shape[0] <= GROUPS and max(sizes) <= WIDTH
-    return fits and 0 not in (x.numel(), matrices.numel())
+def _weight_quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    weight_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    if offsets.shape[0] > 1 and serves(x, weight, offsets):
+        return npu_quant.weight_quant(x, weight, scale, offsets, weight_offset, bias)
+    return forward(x, matrices(weight, scale, weight_offset), offsets, bias, False)
 
 
-def _ends(offsets: Tensor, like: Tensor) -> Tensor:
-    return offsets.to(like.device, torch.int64, non_blocking=True)
+def _weight_quant_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, weight_offset: Tensor | None
+) -> Tensor:
+    return forward(dy, matrices(weight, scale, weight_offset), offsets, None, True)
 
 
 def _supports(facts: Facts) -> str | None:
@@ -109,6 +117,10 @@ BACKEND = Backend(
         "matmul_add_": Kernel(add, supports=_supports_add),
         "grouped_matmul_add_": Kernel(grouped_add, supports=npu.declines),
         "grouped_matmul": Kernel(forward, backward, _supports),
+        "quant_grouped_matmul": Kernel(npu_quant.quant, supports=npu_quant.supports_quant),
+        "weight_quant_grouped_matmul": Kernel(
+            _weight_quant, _weight_quant_backward, npu_quant.supports_weight_quant
+        ),
     },
     npu.available,
 )

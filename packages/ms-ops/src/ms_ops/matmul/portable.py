@@ -18,6 +18,7 @@ from torch import Tensor
 from ..device import compute_dtype
 from ..registry import Backend, Kernel
 from .quant import activate
+from .weight_quant import matrices
 
 _grouped_mm = getattr(torch, "_grouped_mm", None)
 _ALIGNMENT = 16
@@ -95,6 +96,25 @@ def quant(
     return y
 
 
+def weight_quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    weight_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return x_e W_e + bias_e with the matrices that 8-bit weights stand for."""
+    return forward(x, matrices(weight, scale, weight_offset), offsets, bias, False)
+
+
+def weight_quant_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, weight_offset: Tensor | None
+) -> Tensor:
+    """Return the gradient of the rows."""
+    return forward(dy, matrices(weight, scale, weight_offset), offsets, None, True)
+
+
 def _integer_product(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return the exact product of 8-bit integers."""
     if rows.device.type == "cpu" and rows.shape[1] and matrix.shape[1]:
@@ -159,5 +179,6 @@ BACKEND = Backend(
         "grouped_matmul_add_": Kernel(grouped_add),
         "grouped_matmul": Kernel(forward, backward),
         "quant_grouped_matmul": Kernel(quant),
+        "weight_quant_grouped_matmul": Kernel(weight_quant, weight_quant_backward),
     },
 )

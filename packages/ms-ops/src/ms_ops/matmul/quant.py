@@ -1,7 +1,6 @@
 """Grouped products of 8-bit integers, for inference.
 
 y = act((x W[e] + bias[e]) * scale[e] * per_token_scale)       sums in integers, scaling in fp32
-y = x ((W[e] + offset[e]) * scale[e]) + bias[e]                8-bit weights only
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_float, check_tensor, fail
-from ..device import LOW_PRECISION, common_device
+from ..checks import check_choice, check_tensor, fail
+from ..device import common_device
 from ..opdef import OpDef, define_op
 from ..registry import Facts
-from .grouped import Groups, grouped_matmul
+from .grouped import Groups
 from .groups import ends_of
 
 OP = "quant_grouped_matmul"
-WEIGHT_OP = "weight_quant_grouped_matmul"
 ACTIVATIONS = ("none", "relu", "gelu_tanh", "fast_gelu", "silu")
 OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -73,51 +71,6 @@ def quant_grouped_matmul(
     return y
 
 
-def weight_quant_grouped_matmul(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offsets: Groups = None,
-    *,
-    group_sizes: Groups = None,
-    weight_offset: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Multiply groups of rows by 8-bit matrices that are brought to x's dtype first.
-
-    Args:
-        x: [T, K], fp16 or bf16; rows of a group follow each other.
-        weight: [E, K, N] int8.
-        scale: [E, N] in x's dtype.
-        offsets: [E], the row at which each group ends, as in `grouped_matmul`.
-        group_sizes: [E], rows of each group, in place of offsets.
-        weight_offset: [E, N] in x's dtype, added to the weight before it is scaled.
-        bias: [E, N] in x's dtype or fp32.
-
-    Returns:
-        Tensor [T, N] in x's dtype, differentiable in x. The matrices are computed in fp32 and
-        rounded once, all of them at a time.
-
-    Raises:
-        TypeError: an argument that is no tensor, a dtype that does not fit.
-        ValueError: shapes that do not match.
-        RuntimeError: tensors on different devices.
-    """
-    _check_integers(WEIGHT_OP, "weight", weight, 3)
-    check_tensor(WEIGHT_OP, "x", x)
-    check_float(WEIGHT_OP, "x", x, LOW_PRECISION)
-    shape = (weight.shape[0], weight.shape[2])
-    for name, tensor in (("scale", scale), ("weight_offset", weight_offset)):
-        if name == "scale" or tensor is not None:
-            _check_columns(WEIGHT_OP, name, tensor, shape, (x.dtype,))
-    common_device(WEIGHT_OP, x, weight, scale, weight_offset)
-    wide = weight.to(torch.float32)
-    if weight_offset is not None:
-        wide += weight_offset.unsqueeze(1)
-    matrices = wide.mul_(scale.unsqueeze(1)).to(x.dtype)
-    return grouped_matmul(x, matrices, offsets, group_sizes=group_sizes, bias=bias)
-
-
 def prepare(
     x: Tensor,
     weight: Tensor,
@@ -131,17 +84,17 @@ def prepare(
     activation: str = "none",
 ) -> tuple[Any, ...]:
     """Check the arguments and return those of the custom op."""
-    _check_integers(OP, "x", x, 2)
-    _check_integers(OP, "weight", weight, 3)
+    check_integers(OP, "x", x, 2)
+    check_integers(OP, "weight", weight, 3)
     if weight.shape[1] != x.shape[1]:
         fail(ValueError, OP, "weight", tuple(weight.shape), f"{x.shape[1]} rows, the columns of x")
     shape = (weight.shape[0], weight.shape[2])
-    _check_columns(OP, "scale", scale, shape, (torch.bfloat16, torch.float32, torch.float64))
+    check_columns(OP, "scale", scale, shape, (torch.bfloat16, torch.float32, torch.float64))
     if bias is not None:
-        _check_columns(OP, "bias", bias, shape, (torch.int32,))
+        check_columns(OP, "bias", bias, shape, (torch.int32,))
     if per_token_scale is not None:
         wide = (torch.float32, torch.float64)
-        _check_columns(OP, "per_token_scale", per_token_scale, x.shape[:1], wide)
+        check_columns(OP, "per_token_scale", per_token_scale, x.shape[:1], wide)
     check_choice(OP, "activation", activation, ACTIVATIONS)
     check_choice(OP, "output_dtype", output_dtype, OUTPUTS)
     common_device(OP, x, weight, scale, per_token_scale, bias)
@@ -149,7 +102,8 @@ def prepare(
     return x, weight, scale, ends, per_token_scale, bias, activation, output_dtype
 
 
-def _check_integers(op: str, name: str, tensor: Tensor, dims: int) -> None:
+def check_integers(op: str, name: str, tensor: Tensor, dims: int) -> None:
+    """Raise unless an argument is an int8 tensor of some dimensions."""
     check_tensor(op, name, tensor)
     if tensor.dtype is not torch.int8:
         fail(TypeError, op, name, tensor.dtype, "torch.int8")
@@ -157,9 +111,10 @@ def _check_integers(op: str, name: str, tensor: Tensor, dims: int) -> None:
         fail(ValueError, op, name, f"{tensor.dim()} dimensions", str(dims))
 
 
-def _check_columns(
+def check_columns(
     op: str, name: str, tensor: object, shape: Any, dtypes: tuple[torch.dtype, ...]
 ) -> None:
+    """Raise unless an argument is a tensor of a shape and one of some dtypes."""
     check_tensor(op, name, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.dtype not in dtypes:
@@ -181,7 +136,14 @@ def activate(y: Tensor, activation: str) -> Tensor:
 
 
 def _facts(x: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, *rest: Any) -> Facts:
-    options = (("activation", rest[2]), ("output", rest[3]), ("groups_on", offsets.device.type))
+    per_token = rest[0]
+    options = (
+        ("activation", rest[2]),
+        ("output", rest[3]),
+        ("groups_on", offsets.device.type),
+        ("scale", scale.dtype),
+        ("per_token_scale", None if per_token is None else per_token.dtype),
+    )
     return Facts(x.device.type, x.dtype, options)
 
 

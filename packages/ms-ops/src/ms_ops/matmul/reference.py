@@ -10,6 +10,7 @@ from torch import Tensor
 from ..device import compute_dtype
 from ..registry import Backend, Kernel
 from .quant import activate
+from .weight_quant import matrices
 
 
 def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -74,6 +75,25 @@ def quant(
     return activate(y, activation).to(output_dtype)
 
 
+def weight_quant(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    weight_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return x_e W_e + bias_e with the matrices that 8-bit weights stand for."""
+    return forward(x, matrices(weight, scale, weight_offset), offsets, bias, False)
+
+
+def weight_quant_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, weight_offset: Tensor | None
+) -> Tensor:
+    """Return the gradient of the rows."""
+    return forward(dy, matrices(weight, scale, weight_offset), offsets, None, True)
+
+
 def parts(rows: Tensor, offsets: Tensor) -> Iterator[Tensor]:
     """Yield the rows of each group."""
     start = 0
@@ -90,5 +110,6 @@ BACKEND = Backend(
         "grouped_matmul_add_": Kernel(grouped_add),
         "grouped_matmul": Kernel(forward, backward),
         "quant_grouped_matmul": Kernel(quant),
+        "weight_quant_grouped_matmul": Kernel(weight_quant, weight_quant_backward),
     },
 )

@@ -14,6 +14,7 @@ FAMILIES = (
     "moe",
     "norm",
     "optim",
+    "quant",
     "rope",
     "softmax",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 import ms_ops
 
 from ...device import compute_dtype
-from ...matmul.quant import activate
 from ..case import ErrorSample, OpTest, Sample, maker
 
 
@@ -238,79 +236,6 @@ def _split(rows: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     return torch.split(rows, sizes.tolist())
 
 
-def quant_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    """Yield calls of `quant_grouped_matmul`; `dtype` is that of the result."""
-    if dtype is torch.float64:
-        return
-    make = maker(torch.float32, device)
-
-    def whole(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return (make(*shape) * 50).clamp(-127, 127).to(dtype)
-
-    def call(
-        name: str, groups: Tensor, inner: int = 8, columns: int = 6, **kwargs: object
-    ) -> Sample:
-        rows, experts = int(groups[-1]), groups.shape[0]
-        args = (whole(rows, inner), whole(experts, inner, columns), make(experts, columns).abs())
-        return Sample(name, (*args, groups), {"output_dtype": dtype, **kwargs}, ())
-
-    yield call("plain", ends(3, 7))
-    yield call("more_rows", ends(9, 20))
-    yield call("empty_groups", ends(0, 4, 4, 9))
-    yield call("no_rows", ends(0, 0))
-    yield call("no_inner", ends(2, 5), inner=0)
-    yield call("long", ends(1, 4), inner=1500)
-    extra: dict[str, Any] = {
-        "per_token_scale": make(7).abs() / 99,
-        "bias": whole(2, 6, dtype=torch.int32),
-    }
-    yield call("scaled", ends(3, 7), **extra)
-    for activation in ("relu", "gelu_tanh", "fast_gelu", "silu"):
-        yield call(activation, ends(3, 7), activation=activation, **extra)
-
-
-def quant_errors() -> Iterator[ErrorSample]:
-    """Yield calls of `quant_grouped_matmul` that must raise."""
-    x, weight = torch.ones(4, 5).char(), torch.ones(2, 5, 3).char()
-    scale, groups = torch.ones(2, 3), ends(1, 4)
-    fp16 = {"output_dtype": torch.float16}
-
-    def bad(name: str, kind: type[Exception], message: str, **kwargs: object) -> ErrorSample:
-        return ErrorSample(name, (x, weight, scale, groups), kind, message, {**fp16, **kwargs})
-
-    yield ErrorSample("float", (x.float(), weight, scale, groups), TypeError, "x: got", fp16)
-    yield ErrorSample("dims", (x, weight[0], scale, groups), ValueError, "weight: got 2", fp16)
-    yield ErrorSample("inner", (x[:, 1:], weight, scale, groups), ValueError, "need 4 rows", fp16)
-    yield ErrorSample("scale", (x, weight, scale.half(), groups), TypeError, "scale: got", fp16)
-    yield ErrorSample("shape", (x, weight, scale[1:], groups), ValueError, "need (2, 3)", fp16)
-    yield ErrorSample("ends", (x, weight, scale, ends(1, 3)), ValueError, "end at row 3", fp16)
-    yield bad("bias", TypeError, "bias: got torch.float32, need torch.int32", bias=scale)
-    yield bad("tokens", ValueError, "per_token_scale: got (3,)", per_token_scale=torch.ones(3))
-    yield bad("activation", ValueError, "activation: got 'gelu'", activation="gelu")
-    yield bad("output", ValueError, "output_dtype: got torch.int8", output_dtype=torch.int8)
-
-
-def plain_quant(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offsets: Tensor,
-    *,
-    output_dtype: torch.dtype,
-    per_token_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
-    """Return the products in floating point, then all factors."""
-    y = plain_grouped(x.double(), weight.double(), offsets)
-    sizes = torch.diff(offsets, prepend=offsets.new_zeros(1))
-    if bias is not None:
-        y = y + bias.repeat_interleave(sizes, 0)
-    y = y.float() * scale.repeat_interleave(sizes, 0)
-    y = y if per_token_scale is None else y * per_token_scale.unsqueeze(1)
-    return activate(y, activation).to(output_dtype)
-
-
 TESTS = (
     OpTest(
         name="matmul_add_",
@@ -349,17 +274,5 @@ TESTS = (
         traced=("unequal", "bias"),
         resized=("unequal", "more_rows"),
         grows={1: 2},
-    ),
-    OpTest(
-        name="quant_grouped_matmul",
-        function=ms_ops.quant_grouped_matmul,
-        samples=quant_samples,
-        errors=quant_errors,
-        plain=plain_quant,
-        outputs=("E1",),
-        gradients={},
-        traced=("plain",),
-        resized=("plain", "more_rows"),
-        grows={1: 2, 2: 1},
     ),
 )

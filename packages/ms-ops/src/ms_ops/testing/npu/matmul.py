@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .require import need, need_contiguous, need_dtypes
+from .quant import Extra, integers, low_bit_weights, plain
+from .require import need, need_contiguous
 
 OP = "npu_grouped_matmul"
 LOW = (torch.float16, torch.bfloat16)
@@ -19,7 +20,6 @@ def grouped_matmul(
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
     *,
-    bias: Sequence[Tensor] | None = None,
     group_list: Tensor | None = None,
     split_item: int = 0,
     group_type: int | None = None,
@@ -29,41 +29,47 @@ def grouped_matmul(
     """Split the rows (group_type 0) or the inner dimension (2), with one output."""
     need(OP, len(x) == len(weight) == 1 and split_item == 3, "one x, one weight, split_item 3")
     need(OP, group_type in (0, 2) and group_list is not None, "group_type 0 or 2 with a list")
-    need(OP, all(v is None or v == 0 for v in given.values()), "no quantisation")
-    need_dtypes(OP, x[0], weight[0])
     assert group_list is not None
     groups = group_list.shape[0]
     need(OP, group_list.dtype is torch.int64 and 1 < groups <= 1024, "2 to 1024 int64 groups")
     rows, columns = x[0].shape[0], weight[0].shape[-1]
     shape = [rows, columns] if group_type == 0 else [groups, rows, columns]
-    y = x[0].new_empty(shape)
+    kind = _kind(x[0], weight[0], group_type == 0)
+    extra = kind(x[0], weight[0], {n: v for n, v in given.items() if v is not None and v != 0})
+    y = x[0].new_empty(shape, dtype=extra.output)
     if y.device.type == "cpu":
-        parts = _by_rows if group_type == 0 else _by_inner
         ends = group_list.tolist() if group_list_type == 0 else group_list.cumsum(0).tolist()
         total = rows if group_type == 0 else x[0].shape[1]
         need(OP, ends[-1] == total and ends == sorted(ends), "ends that rise to all rows")
-        y.copy_(parts(x[0].float(), weight[0].float(), ends, _bias(bias, x[0])))
+        if group_type == 0:
+            y.copy_(_by_rows(x[0], weight[0], ends, extra))
+        else:
+            y.copy_(_by_inner(x[0].float(), weight[0].float(), ends))
     return [y]
 
 
-def _bias(bias: Sequence[Tensor] | None, x: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    wanted = torch.float16 if x.dtype is torch.float16 else torch.float32
-    need(OP, bias[0].dtype is wanted, f"bias {wanted}")
-    return bias[0].float()
+def _kind(x: Tensor, weight: Tensor, by_rows: bool) -> Callable[..., Extra]:
+    if x.dtype is torch.int8:
+        need(OP, by_rows, "group_type 0 with integers")
+        return integers
+    if weight.dtype is torch.int8:
+        need(OP, by_rows, "group_type 0 with 8-bit weights")
+        return low_bit_weights
+    return plain
 
 
-def _by_rows(x: Tensor, weight: Tensor, ends: list[int], bias: Tensor | None) -> Tensor:
+def _by_rows(x: Tensor, weight: Tensor, ends: list[int], extra: Extra) -> Tensor:
     need(OP, weight.dim() == 3 and weight.shape[0] == len(ends), "a matrix for each group")
-    parts = [x[a:b] @ w for (a, b), w in zip(pairwise([0, *ends]), weight, strict=True)]
-    if bias is not None:
-        parts = [p + b for p, b in zip(parts, bias, strict=True)]
-    return torch.cat(parts)
+    spans, wide = list(pairwise([0, *ends])), extra.matrices(weight)
+    parts = [x[a:b].to(wide.dtype) @ w for (a, b), w in zip(spans, wide, strict=True)]
+    if extra.bias is not None:
+        need(OP, extra.bias.shape == (weight.shape[0], weight.shape[2]), "a bias for each column")
+        parts = [p + b for p, b in zip(parts, extra.bias, strict=True)]
+    return extra.scaled(parts)
 
 
-def _by_inner(x: Tensor, weight: Tensor, ends: list[int], bias: Tensor | None) -> Tensor:
-    need(OP, x.t().is_contiguous() and bias is None, "x a transposed view, no bias")
+def _by_inner(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
+    need(OP, x.t().is_contiguous(), "x a transposed view")
     return torch.stack([x[:, a:b] @ weight[a:b] for a, b in pairwise([0, *ends])])
 
 
