@@ -153,6 +153,7 @@ print(json.dumps([package.__file__, package.__version__, sorted(sys.modules)]))
 # What names another library at import, and is itself imported once that is there: values of patches
 # (Megatron, ms-ops), the old operator names (ms-ops), a backend (torch_npu).
 GLUE = (
+    "attention_alibi",
     "attention_module",
     "ema_model",
     "grouped_matmul_function",

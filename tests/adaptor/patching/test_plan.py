@@ -12,6 +12,8 @@ import pytest
 from mindspeed.patching import Flag, Rule
 from mindspeed.patching.errors import PlanError
 from mindspeed.patching.plan import Plan, draft, plan
+from mindspeed.patching.records import Choice, Feature
+from mindspeed.patching.table import TableError, make_table
 
 PURE = """
 import sys
@@ -98,6 +100,12 @@ def test_a_condition_without_a_value_is_a_problem_and_not_a_guess(lab):
 def test_a_command_line_is_no_configuration(lab):
     with pytest.raises(TypeError, match="parse the command line first"):
         lab.plan(lab.feature(), config=["--num-layers", "4"])
+
+
+def test_a_choice_of_no_flag_of_megatrons_is_refused():
+    wrong = Feature("a.b", 1, doc="d", choices=(Choice("--no-such-flag", "x"),))
+    with pytest.raises(TableError, match="--no-such-flag is no flag of Megatron's"):
+        make_table([wrong])
 
 
 def feature_with(lab, name="cp.ring", level=2, **fields):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mindspeed.patching import Feature, Flag, Patch, Rule
+from mindspeed.patching.records import Choice
 
 GOOD = {"target": "megatron.a:B.c", "kind": "wrap", "value": "x.y:z", "reason": "because"}
 
@@ -62,6 +63,15 @@ def test_a_malformed_flag_is_refused(change, words):
         Flag(**{"name": "--swap", "help": "what it means", **change})
 
 
+def test_a_choice_names_a_flag_and_a_value():
+    choice = Choice("--position-embedding-type", "alibi")
+    assert choice.attribute == "position_embedding_type"
+    assert str(choice) == "--position-embedding-type alibi"
+    for wrong in (("position", "alibi"), ("--position", " ")):
+        with pytest.raises(ValueError, match="choice"):
+            Choice(*wrong)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"kind": "needs"}, "kind"), ({"left": ""}, "left"), ({"text": ""}, "text")],
@@ -79,6 +89,7 @@ def test_a_malformed_rule_is_refused(change, words):
         ({"level": 3}, "level"),
         ({"patches": [Patch(**GOOD)]}, "patches must be a tuple"),
         ({"packages": ("ms-ops", 1)}, "packages"),
+        ({"choices": ("--swap much",)}, "choices must be a tuple of Choice"),
         ({"doc": ""}, "doc"),
         ({"advise": "nowhere"}, "advise"),
     ],

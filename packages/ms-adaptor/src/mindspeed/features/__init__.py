@@ -30,6 +30,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.recompute",
     "mindspeed.features.level0.rng",
     "mindspeed.features.level0.transformer_engine",
+    "mindspeed.features.ops.alibi",
     "mindspeed.features.ops.attention",
     "mindspeed.features.ops.attention_window",
     "mindspeed.features.ops.grouped_matmul",

@@ -118,7 +118,7 @@ def add_flags(
 
     A flag of a built feature is added; one that Megatron has under another name becomes an alias;
     a planned or dropped one becomes an error that says so. What the parser has already stays, with
-    the default of the built feature that acts on it.
+    the default of the built feature that acts on it and the values that features add to it.
 
     Args:
         parser: changed in place.
@@ -131,6 +131,7 @@ def add_flags(
         from mindspeed.features import load_features
 
         features = load_features()
+    features = tuple(features)
     group = parser.add_argument_group("MindSpeed")
     known = {name: action for action in parser._actions for name in action.option_strings}
     own = (flag for feature in features for flag in feature.flags)
@@ -140,8 +141,16 @@ def add_flags(
             _add(group, names, flag, known)
         elif flag.status == "kept" and isinstance(flag.default, tuple):
             known[flag.name].default = flag.default
+    _add_choices(features, known)
     _explain_unknown(parser)
     return parser
+
+
+def _add_choices(features: Iterable[Feature], known: dict[str, argparse.Action]) -> None:
+    for choice in (choice for feature in features for choice in feature.choices):
+        action = known.get(choice.flag)
+        if action is not None and action.choices and choice.value not in action.choices:
+            action.choices = [*action.choices, choice.value]
 
 
 def _add(

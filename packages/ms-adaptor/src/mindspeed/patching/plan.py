@@ -248,7 +248,7 @@ class _Builder:
             return False
         if feature.when is not None:
             return self._holds(feature, feature.when)
-        return bool(asked) or not feature.flags
+        return bool(asked) or not (feature.flags or feature.choices)
 
     def _holds(self, feature: Feature, condition: str) -> bool:
         try:
@@ -258,7 +258,9 @@ class _Builder:
             return False
 
     def _asked_by(self, feature: Feature) -> tuple[str, ...]:
-        return tuple(f.name for f in feature.flags if self.config.gives(f.attribute))
+        flags = (f.name for f in feature.flags if self.config.gives(f.attribute))
+        held = (c for c in feature.choices if self.config.holds(c.attribute))
+        return (*flags, *(str(c) for c in held if self.config[c.attribute] == c.value))
 
     def _check_packages(self, feature: Feature) -> None:
         for name in levels.missing(feature.packages):

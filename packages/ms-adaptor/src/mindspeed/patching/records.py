@@ -1,4 +1,4 @@
-"""The four records that describe everything this project changes in Megatron."""
+"""The five records that describe everything this project changes in Megatron."""
 
 from __future__ import annotations
 
@@ -184,6 +184,35 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One more value that a flag of Megatron's takes.
+
+    Args:
+        flag: the flag, `--position-embedding-type`.
+        value: the value.
+
+    Raises:
+        ValueError: a field is malformed.
+    """
+
+    flag: str
+    value: str
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.flag, str) and bool(_FLAG_NAME.fullmatch(self.flag))
+        _require(good, f"choice: flag {self.flag!r} must look like '--lower-case-words'")
+        _check_text(f"choice of {self.flag}", "value", self.value)
+
+    @property
+    def attribute(self) -> str:
+        """Attribute name of the flag in the parsed configuration."""
+        return self.flag[2:].replace("-", "_")
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.value}"
+
+
+@dataclass(frozen=True)
 class Rule:
     """One condition on the configuration, evaluated when the plan is made.
 
@@ -234,7 +263,8 @@ class Feature:
         advise: `"pkg.module:obj"`, called as `advise(config)`; says when it pays and when it costs.
         page: its page under `docs/`.
         when: expression that makes it active; `None` means: always from its level on if it has no
-            flags, else as soon as one of its flags is not at its default.
+            flags and no choices, else as soon as one of them is given.
+        choices: values that it adds to flags of Megatron's.
 
     Raises:
         ValueError: a field is malformed.
@@ -250,12 +280,18 @@ class Feature:
     advise: str | None = None
     page: str | None = None
     when: str | None = None
+    choices: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"feature {self.name!r}"
         _require(_is_dotted(self.name), f"{name}: the name must be dotted identifiers")
         _check_choice(name, "level", self.level, get_args(Level))
-        for field, kind in (("flags", Flag), ("rules", Rule), ("patches", Patch)):
+        for field, kind in (
+            ("flags", Flag),
+            ("rules", Rule),
+            ("patches", Patch),
+            ("choices", Choice),
+        ):
             _check_tuple(name, field, getattr(self, field), kind)
         _check_tuple(name, "packages", self.packages, str)
         _check_text(name, "doc", self.doc)

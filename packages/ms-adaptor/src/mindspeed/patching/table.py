@@ -61,6 +61,9 @@ class Table:
     def _undeclared(self) -> Iterator[str]:
         declared = frozenset(self.defaults) | frozenset(CONTEXT_NAMES)
         for feature in self.features:
+            for choice in feature.choices:
+                if choice.attribute not in self.native:
+                    yield f"{feature.name}: {choice.flag} is no flag of Megatron's"
             for text in expressions(feature):
                 try:
                     parse(text).check(declared)

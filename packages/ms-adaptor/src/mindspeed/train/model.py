@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed.features.ops.alibi import mark
 from mindspeed.features.ops.attention_window import window
 from mindspeed.train.config import TrainConfig
 
@@ -29,7 +30,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     dtype = compute_dtype(config)
-    return TransformerConfig(
+    core = TransformerConfig(
         use_cpu_initialization=True,
         perform_initialization=True,
         params_dtype=dtype,
@@ -43,6 +44,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_recompute_options(config),
         **_fusion_options(config),
     )
+    mark(core, config.plan_values())
+    return core
 
 
 def _fusion_options(config: TrainConfig) -> dict[str, Any]:

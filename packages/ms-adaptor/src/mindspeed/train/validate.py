@@ -8,7 +8,7 @@ from mindspeed.train.config import TrainConfig
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "normalization": ("LayerNorm", "RMSNorm"),
-    "position_embedding_type": ("rope", "learned_absolute", "none"),
+    "position_embedding_type": ("rope", "learned_absolute", "none", "alibi"),
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
     "recompute_granularity": (None, "full", "selective"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 import ms_ops
+from mindspeed.features.ops.attention_alibi import AlibiBias
 
 _CAUSAL = (AttnMaskType.causal,)
 _PLAIN = (AttnMaskType.no_mask, AttnMaskType.padding, AttnMaskType.arbitrary)
@@ -20,8 +24,16 @@ class FusedAttention(DotProductAttention):
 
     Dropout while training runs the original forward: its random numbers are Megatron's, and on a
     CPU it is the faster one. All else is the operator's: windows, a softmax with an offset, and
-    what the original refuses, packed sequences and a bias.
+    what the original refuses, packed sequences, a bias, and ALiBi, also with dropout.
+
+    Attributes:
+        alibi: the bias of ALiBi, None for a model with other positions.
     """
+
+    def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        found = getattr(config, "alibi", None)
+        self.alibi = None if found is None else self._alibi_of_this_rank(found)
 
     def forward(
         self,
@@ -55,25 +67,48 @@ class FusedAttention(DotProductAttention):
                 or another format than "thd".
         """
         dropout = self.training and self.attention_dropout.p > 0
+        masked_here = self.attn_mask_type in (*_CAUSAL, *_PLAIN)
         if packed_seq_params is not None:
             _check_packed(packed_seq_params, dropout)
             options = {"layout": "thd", **self._packed(packed_seq_params)}
-        elif dropout or self.attn_mask_type not in (*_CAUSAL, *_PLAIN):
+        elif self.alibi is not None and not masked_here:
+            raise ValueError(
+                f"FusedAttention: attn_mask_type: got {self.attn_mask_type} with ALiBi, need one"
+                f" of {[kind.name for kind in (*_CAUSAL, *_PLAIN)]}"
+            )
+        elif (dropout and self.alibi is None) or not masked_here:
             return super().forward(  # type: ignore[no-any-return]
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
         else:
             options = {"layout": "sbhd", **self._masking(query, key, attention_mask)}
-        out: Tensor = ms_ops.attention(
-            query,
-            key,
-            value,
-            bias=attention_bias,
-            sink=getattr(self, "softmax_offset", None),
-            scale=self._scale(),
-            **options,
-        )
+        options["bias"] = attention_bias
+        if self.alibi is not None:
+            shape = (query.shape[0], key.shape[0], query.device)
+            options = self.alibi.options(*shape, masking=options)
+        return self._attend(query, key, value, options, dropout)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], dropout: bool
+    ) -> Tensor:
+        options.update(sink=getattr(self, "softmax_offset", None), scale=self._scale())
+        if dropout:
+            options["dropout_p"] = self.attention_dropout.p
+        # With sequence parallelism the whole block runs in Megatron's fork already.
+        forked = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if forked else nullcontext():
+            out: Tensor = ms_ops.attention(query, key, value, **options)
         return out.flatten(-2)
+
+    def _alibi_of_this_rank(self, settings: Any) -> AlibiBias:
+        heads, count = self.config.num_attention_heads, self.num_attention_heads_per_partition
+        return AlibiBias(settings, heads, self._rank() * count, count)
+
+    def _rank(self) -> int:
+        """Return the rank in the tensor-parallel group, which 0.14 does not keep."""
+        group = getattr(self, "tp_group", None)
+        rank: int = get_tensor_model_parallel_rank() if group is None else group.rank()
+        return rank
 
     def _packed(self, packed: Any) -> dict[str, Any]:
         """Return the mask and the starts of the sequences of a pack."""
