@@ -42,7 +42,7 @@ def check_shape(plan: AttnPlan, program: Program) -> None:
     """Every node has as many steps."""
     steps = {len(steps) for steps in program.steps}
     expect(len(program.steps) == plan.nodes.size, "a program without steps for every node")
-    expect(len(steps) == 1, f"nodes with {sorted(steps)} steps")
+    expect(len(steps) == 1, "nodes with {} steps", sorted(steps))
 
 
 def check_blocks(plan: AttnPlan, program: Program) -> None:
@@ -59,31 +59,31 @@ def check_blocks(plan: AttnPlan, program: Program) -> None:
                 cells += block.cells
     check_disjoint(rectangles)
     total = plan.mask.cells(plan.layout.total)
-    expect(cells == total, f"blocks have {cells} pairs, the mask has {total}")
+    expect(cells == total, "blocks have {} pairs, the mask has {}", cells, total)
 
 
 def check_block(plan: AttnPlan, block: Block) -> None:
     """Rows and keys are where the layout has them, and are seen as `kind` says."""
     rows, keys = block.q1 - block.q0, block.k1 - block.k0
-    expect(rows > 0 and keys > 0, f"an empty {block}")
-    expect(holds(plan, block.q_owner, block.q0, block.q1, block.q_pos), f"queries of {block}")
-    expect(holds(plan, block.kv_owner, block.k0, block.k1, block.k_pos), f"keys of {block}")
-    expect(cells_of(plan, block) == block.cells, f"cells of {block}")
+    expect(rows > 0 and keys > 0, "an empty {}", block)
+    expect(holds(plan, block.q_owner, block.q0, block.q1, block.q_pos), "queries of {}", block)
+    expect(holds(plan, block.kv_owner, block.k0, block.k1, block.k_pos), "keys of {}", block)
+    expect(cells_of(plan, block) == block.cells, "cells of {}", block)
     if block.kind == "full":
-        expect(block.cells == rows * keys, f"kind of {block}")
+        expect(block.cells == rows * keys, "kind of {}", block)
     elif block.kind == "causal":
         square = rows == keys and block.cells == rows * (rows + 1) // 2
-        expect(square and block.q_pos == block.k_pos, f"kind of {block}")
+        expect(square and block.q_pos == block.k_pos, "kind of {}", block)
         if plan.mask.dense is not None:
             at = slice(block.q_pos, block.q_pos + rows)
             tile = plan.mask.dense.matrix[at, at]
-            expect(int(tile.tril().sum()) == block.cells, f"kind of {block}")
+            expect(int(tile.tril().sum()) == block.cells, "kind of {}", block)
         else:
-            expect(plan.mask.right == 0, f"kind of {block}")
+            expect(plan.mask.right == 0, "kind of {}", block)
     else:
         dense = plan.mask.dense is not None
-        expect(dense == (block.kind == "dense"), f"kind of {block}")
-        expect(dense or whole_document(plan, block), f"documents of {block}")
+        expect(dense == (block.kind == "dense"), "kind of {}", block)
+        expect(dense or whole_document(plan, block), "documents of {}", block)
 
 
 def holds(plan: AttnPlan, node: int, start: int, stop: int, position: int) -> bool:
@@ -143,26 +143,26 @@ def check_messages(program: Program) -> None:
     order: dict[tuple[int, int], list[int]] = defaultdict(list)
     waited: dict[int, tuple[int, int, bool]] = {}
     for index, transfer in enumerate(transfers):
-        expect(transfer.index == index, f"{transfer} is number {index}")
-        expect(transfer.src != transfer.dst, f"{transfer} to itself")
-        expect(all(b.start < b.stop for b in transfer.buffers), f"an empty buffer in {transfer}")
+        expect(transfer.index == index, "{} is number {}", transfer, index)
+        expect(transfer.src != transfer.dst, "{} to itself", transfer)
+        expect(all(b.start < b.stop for b in transfer.buffers), "an empty buffer in {}", transfer)
     for node, steps in enumerate(program.steps):
         for t, step in enumerate(steps):
-            expect(list(step.post) == sorted(set(step.post)), f"posts of node {node}, step {t}")
+            expect(list(step.post) == sorted(set(step.post)), "posts of node {}, step {}", node, t)
             for index in step.post:
                 transfer = transfers[index]
-                expect(node in (transfer.src, transfer.dst), f"node {node} posts {transfer}")
-                expect((node, index) not in posted, f"node {node} posts {transfer} twice")
+                expect(node in (transfer.src, transfer.dst), "node {} posts {}", node, transfer)
+                expect((node, index) not in posted, "node {} posts {} twice", node, transfer)
                 posted[node, index] = t
                 order[node, transfer.src + transfer.dst - node].append(index)
             for late, indexes in ((False, step.wait), (True, step.wait_after)):
                 for index in indexes:
-                    expect(index not in waited, f"{transfers[index]} awaited twice")
+                    expect(index not in waited, "{} awaited twice", transfers[index])
                     waited[index] = node, t, late
     for transfer in transfers:
         _check_times(transfer, posted, waited)
     for (a, b), sequence in order.items():
-        expect(order[b, a] == sequence, f"nodes {a} and {b} post in different orders")
+        expect(order[b, a] == sequence, "nodes {} and {} post in different orders", a, b)
 
 
 def _check_times(
@@ -175,5 +175,5 @@ def _check_times(
     if start is None or not same:
         raise AssertionError(f"{transfer} is not posted at both ends in one step")
     node, t, late = waited.get(transfer.index, (-1, -1, False))
-    expect(node == transfer.dst, f"{transfer} is not awaited by its receiver")
-    expect(t >= start if late else t > start, f"{transfer} is awaited before it is posted")
+    expect(node == transfer.dst, "{} is not awaited by its receiver", transfer)
+    expect(t >= start if late else t > start, "{} is awaited before it is posted", transfer)

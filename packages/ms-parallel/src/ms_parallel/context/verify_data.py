@@ -24,7 +24,7 @@ class Held:
         """Add an interval, which must not be there yet."""
         held = self.parts[part, buffer.owner]
         twice = any(a < buffer.stop and buffer.start < b for a, b in held)
-        expect(not twice, f"{part} of {buffer} received while it is there")
+        expect(not twice, "{} of {} received while it is there", part, buffer)
         held.add((buffer.start, buffer.stop))
 
     def find(self, part: str, owner: int, start: int, stop: int) -> tuple[int, int] | None:
@@ -51,7 +51,7 @@ class Sums:
     def __init__(self) -> None:
         """Nothing added yet."""
         self.added: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
-        self.sent: set[tuple[str, int, int, int]] = set()
+        self.sent: dict[tuple[str, int], list[Buffer]] = defaultdict(list)
 
     def add(self, what: str, owner: int, entries: Iterable[tuple[int, int, int]]) -> None:
         """Add (block, start, stop)."""
@@ -86,10 +86,12 @@ class Run:
         self.plan, self.program, self.held, self.backward = plan, program, held, backward
         self.sums = [Sums() for _ in held]
         self.payload: dict[int, list[tuple[Buffer, list[tuple[int, int, int]]]]] = {}
-        # What a node reads for others, and until the end of which step: (part, buffer, step).
-        self.reading: list[list[tuple[str, Buffer, int]]] = [[] for _ in held]
+        # By part and owner what a node reads for others, and until the end of which step.
+        self.reading: list[dict[tuple[str, int], list[tuple[Buffer, int]]]] = [
+            defaultdict(list) for _ in held
+        ]
         self.due = {
-            i: (t - 1, False) if i in step.wait else (t, True)
+            i: t - 1 if i in step.wait else t
             for steps in program.steps
             for t, step in enumerate(steps)
             for i in (*step.wait, *step.wait_after)
@@ -111,7 +113,7 @@ class Run:
                 self._arrive(node, step.wait_after)
             for node, step in enumerate(now):
                 for buffer in step.free:
-                    self._free(node, buffer, PARTS.get(buffer.what, ()), t)
+                    self._free(node, buffer, PARTS.get(buffer.what, (buffer.what,)), t)
                 for buffer in step.free_v:
                     self._free(node, buffer, ("v",), t)
         self._finish()
@@ -139,47 +141,58 @@ class Run:
                     where = buffer.owner, buffer.start, buffer.stop
                     expect(
                         self.held[node].find(part, *where) is not None,
-                        f"node {node} sends {part} of {buffer}, which it does not have",
+                        "node {} sends {} of {}, which it does not have",
+                        node,
+                        part,
+                        buffer,
                     )
-                    self.reading[node].append((part, buffer, self.due[index][0]))
-                entries = self.sums[node].take(buffer) if buffer.what in SUMS else []
+                    self._read(node, part, buffer, index)
                 if buffer.what in SUMS:
-                    self.sums[node].sent.add((buffer.what, *buffer_rows(buffer)))
+                    self.sums[node].sent[buffer.what, buffer.owner].append(buffer)
+                    self._read(node, buffer.what, buffer, index)
+                entries = self.sums[node].take(buffer) if buffer.what in SUMS else []
                 payload.append((buffer, entries))
+
+    def _read(self, node: int, part: str, buffer: Buffer, index: int) -> None:
+        self.reading[node][part, buffer.owner].append((buffer, self.due[index]))
 
     def _compute(self, node: int, block: Block) -> None:
         number = len(self.blocks)
         self.blocks.append(block)
         for part in ("k", "v"):
             around = self.held[node].find(part, block.kv_owner, block.k0, block.k1)
-            expect(around is not None, f"node {node} has no {part} for {block} in one buffer")
+            expect(around is not None, "node {} has no {} for {} in one buffer", node, part, block)
         results = [("dkv", block.kv_owner, block.k0, block.k1)] if self.backward else []
         if block.q_owner != node:
             part = "qo" if self.backward else "q"
             around = self.held[node].find(part, block.q_owner, block.q0, block.q1)
-            expect(around is not None, f"node {node} has no {part} for {block} in one buffer")
+            expect(around is not None, "node {} has no {} for {} in one buffer", node, part, block)
         results.append(("dq" if self.backward else "o", block.q_owner, block.q0, block.q1))
         for what, owner, start, stop in results:
-            for sent in self.sums[node].sent:
-                clash = sent[:2] == (what, owner) and sent[2] < stop and start < sent[3]
-                expect(not clash, f"node {node} adds to {what} after sending it: {block}")
+            sent = self.sums[node].sent[what, owner]
+            late = any(b.start < stop and start < b.stop for b in sent)
+            expect(not late, "node {} adds to {} after sending it: {}", node, what, block)
             self.sums[node].add(what, owner, [(number, start, stop)])
 
     def _free(self, node: int, buffer: Buffer, parts: Iterable[str], t: int) -> None:
         for part in parts:
-            for name, read, until in self.reading[node]:
-                overlap = read.start < buffer.stop and buffer.start < read.stop
-                clash = name == part and read.owner == buffer.owner and overlap and t < until
-                expect(not clash, f"node {node} frees {part} of {buffer} while it is sent")
-            self.held[node].drop(part, buffer)
+            for read, until in self.reading[node][part, buffer.owner]:
+                clash = read.start < buffer.stop and buffer.start < read.stop and t < until
+                expect(not clash, "node {} frees {} of {} while it is sent", node, part, buffer)
+            if part in SUMS:
+                self.sums[node].take(buffer)
+            else:
+                self.held[node].drop(part, buffer)
 
     def _finish(self) -> None:
-        expect(not self.payload, f"messages {sorted(self.payload)} never awaited")
+        expect(not self.payload, "messages {} never awaited", sorted(self.payload))
         got: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         for node, sums in enumerate(self.sums):
             for (what, owner), entries in sums.added.items():
                 for number, start, stop in entries:
-                    expect(owner == node, f"{what} of {self.blocks[number]} stays at node {node}")
+                    expect(
+                        owner == node, "{} of {} stays at node {}", what, self.blocks[number], node
+                    )
                     got[what, number].append((start, stop))
         for number, block in enumerate(self.blocks):
             rows = {"dq" if self.backward else "o": (block.q0, block.q1)}
@@ -188,14 +201,9 @@ class Run:
             for what, (start, stop) in rows.items():
                 at = start
                 for a, b in sorted(got[what, number]):
-                    expect(a == at, f"{what} of {block} is not summed once")
+                    expect(a == at, "{} of {} is not summed once", what, block)
                     at = b
-                expect(at == stop, f"{what} of {block} is not summed once")
-
-
-def buffer_rows(buffer: Buffer) -> tuple[int, int, int]:
-    """Return owner, first row and the one after the last."""
-    return buffer.owner, buffer.start, buffer.stop
+                expect(at == stop, "{} of {} is not summed once", what, block)
 
 
 def check_data(plan: AttnPlan) -> None:
@@ -213,7 +221,7 @@ def check_data(plan: AttnPlan) -> None:
     Run(plan, plan.backward, held, True).run()
 
 
-def expect(condition: bool, message: str) -> None:
-    """Raise AssertionError with `message` unless the condition holds."""
+def expect(condition: bool, message: str, *values: object) -> None:
+    """Raise AssertionError with `message`, values put in, unless the condition holds."""
     if not condition:
-        raise AssertionError(message)
+        raise AssertionError(message.format(*values))
