@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing.util
@@ -135,6 +136,7 @@ def serve(fd: int, preload: Sequence[str]) -> None:
     except BaseException:
         tell(failed=traceback.format_exc())
         raise
+    gc.freeze()  # a rank's collections neither walk nor copy what all ranks share
     tell(ready=True)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_read, False)

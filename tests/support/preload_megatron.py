@@ -12,5 +12,8 @@ import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: E402
 import megatron.core.tensor_parallel  # noqa: E402,F401
 
+# What a training rank would import otherwise.
+import mindspeed.train.trainer  # noqa: E402
+
 # Reads and parses Megatron's sources once, for all ranks.
 mindspeed.plan(level=0)

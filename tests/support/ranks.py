@@ -11,7 +11,8 @@
 `body` is a module-level function, also of the test file itself; arguments and results are pickled.
 `preload="megatron"` forks from a process in which `mindspeed.device.install("cpu")` has run and
 `megatron.core` is imported, so that a test of Megatron does not pay that import in every rank.
-The test process itself is never changed by either.
+The test process itself is never changed by either. What Megatron compiles runs eager there: it
+computes the same and needs no compiler; `env=COMPILED` compiles.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from support.forkserver import ForkServer, server
 from support.mutation import Mutation
 from support.rank_child import Call, Failure, fault_point
 
-__all__ = ["Outcome", "RankError", "fault_point", "rank_outcomes", "run_ranks"]
+__all__ = ["COMPILED", "Outcome", "RankError", "fault_point", "rank_outcomes", "run_ranks"]
 
 PRELOADS: Mapping[str, tuple[str, ...]] = {
     # The first operator under a dispatch mode imports torch._dynamo, a second of work per rank.
@@ -48,6 +49,10 @@ PRELOADS: Mapping[str, tuple[str, ...]] = {
     ),
     "megatron": ("torch", "torch.distributed", "support.preload_megatron", "support.rank_child"),
 }
+# torch.compile costs each rank 1 to 3 s of work, and is what few tests of Megatron are about.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
+ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {"torch": {}, "megatron": EAGER}
 CAUSES = ("killed", "error", "timeout")  # a status is seldom the consequence of a later one
 SETTLE_S = 0.25  # the rank that failed first may be the second whose exit is seen
 STACK_S = 0.3  # for a hung rank to write its stacks before it is killed
@@ -120,7 +125,7 @@ def run_ranks(
         backend: Backend of the default group, joined through a file store; None joins no group.
         preload: Key of `PRELOADS`.
         kill_at: `(rank, step)`: that rank dies by SIGKILL in `fault_point(step)`.
-        env: Further environment variables.
+        env: Further environment variables, such as `COMPILED`.
         mutate: Mutations applied in every rank before `fn` runs.
 
     Raises:
@@ -168,7 +173,12 @@ def _run(
             backend=backend,
             timeout=timeout,
             path=tuple(sys.path),
-            environ={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            environ={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **ENVIRONMENTS[preload],
+                **(env or {}),
+            },
             cwd=os.getcwd(),
             kill_at=kill_at,
             mutations=tuple(mutate),

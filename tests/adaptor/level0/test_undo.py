@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from support.ranks import run_ranks
+from support.ranks import COMPILED, run_ranks
 
 pytestmark = pytest.mark.megatron014
 
@@ -93,7 +93,9 @@ def torch_seen_from_outside(rank, world_size):
 
 
 def test_other_code_sees_honest_cuda_while_megatron_trains():
-    available, changed, equal = run_ranks(torch_seen_from_outside, 1, preload="megatron")[0]
+    available, changed, equal = run_ranks(
+        torch_seen_from_outside, 1, preload="megatron", env=COMPILED
+    )[0]
     assert available is False
     assert changed == set()
     assert equal

@@ -42,13 +42,14 @@ def losses(rank, world_size, flat):
 
 
 def test_ranks_report_equal_results_and_one_process_agrees():
-    one = run_ranks(losses, 1, MODERN, preload="megatron")[0]
-    four = run_ranks(losses, 4, MODERN | TP_PP, preload="megatron")
+    model = MODERN | {"global_batch_size": 4}
+    one = run_ranks(losses, 1, model, preload="megatron")[0]
+    four = run_ranks(losses, 4, model | TP_PP, preload="megatron")
     assert all(rank == four[0] for rank in four)
     for step, (got, wanted) in enumerate(zip(four[0], one, strict=True)):
         assert got == pytest.approx(wanted, rel=2e-6 if step < 3 else 1e-4), f"step {step + 1}"
     assert one[-1][0] < one[0][0]
-    assert one[0][2] == TINY["global_batch_size"] * TINY["seq_length"]
+    assert one[0][2] == model["global_batch_size"] * TINY["seq_length"]
 
 
 def shards(rank, world_size, flat):
@@ -105,7 +106,7 @@ def metered(rank, world_size, flat, measure):
 
 
 def test_measuring_a_step_changes_no_number():
-    flat = TINY | {"hidden_dropout": 0.1, "overlap_grad_reduce": True}
+    flat = TINY | {"num_layers": 2, "hidden_dropout": 0.1, "overlap_grad_reduce": True}
     plain, none = run_ranks(metered, 2, flat, False, preload="megatron")[0]
     curve, [before, measured, *after] = run_ranks(metered, 2, flat, True, preload="megatron")[0]
     assert curve == plain

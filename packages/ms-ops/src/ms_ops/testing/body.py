@@ -81,8 +81,15 @@ def check_values(op: str, sample: Sample, backend: str) -> float:
     return worst
 
 
-def check_gradients(op: str, sample: Sample, backend: str) -> None:
-    """Compare the backward with finite differences; the sample must be fp64."""
+def check_gradients(op: str, sample: Sample, backend: str, fast: bool = False) -> None:
+    """Compare the backward with finite differences; the sample must be fp64.
+
+    Args:
+        op: the operator's name.
+        sample: one of its samples.
+        backend: the backend that runs.
+        fast: differences along random directions, not along every axis.
+    """
     test = OPERATORS[op]
     start, kwargs = _leaves(test, sample)
     leaves = {
@@ -97,7 +104,8 @@ def check_gradients(op: str, sample: Sample, backend: str) -> None:
         return tuple(results[i] for i in _flowing(test, results))
 
     with ms_ops.backend(**{op: backend}):
-        assert not leaves or torch.autograd.gradcheck(outputs, tuple(leaves.values()))
+        inputs = tuple(leaves.values())
+        assert not leaves or torch.autograd.gradcheck(outputs, inputs, fast_mode=fast)
 
 
 def check_custom_op(op: str, sample: Sample, backend: str) -> None:
@@ -189,11 +197,11 @@ def check_backend(
     return count + 1
 
 
-def is_small(sample: Sample) -> bool:
+def is_small(sample: Sample, numel: int = 800) -> bool:
     """Say whether finite differences over the sample take well under a second."""
     if not sample.differentiable:
         return False
-    return sum(a.numel() for a in sample.args if isinstance(a, Tensor)) <= 800
+    return sum(a.numel() for a in sample.args if isinstance(a, Tensor)) <= numel
 
 
 class _Returned(TorchDispatchMode):
