@@ -36,6 +36,11 @@ class CommCost:
     backward_flops: int
 
     @property
+    def messages(self) -> int:
+        """Forward and backward."""
+        return self.forward_messages + self.backward_messages
+
+    @property
     def flops(self) -> int:
         """Forward and backward."""
         return self.forward_flops + self.backward_flops

@@ -10,12 +10,14 @@ R = 1 plain Ulysses. The programs of the U places of a node are the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from .cost import CommCost, plan_cost
 from .heads import HeadPlan
 from .layout import SeqLayout
 from .mask import AttnMask
+from .show import plan_dict, plan_digests, plan_table
 
 # "kv": keys and values; "dkv": the partial sums of their gradients;
 # "q": queries for a node that works for another; "o": what it gives back (output and
@@ -170,3 +172,16 @@ class AttnPlan:
             batch: rows of the batch.
         """
         return plan_cost(self, element_bytes, batch)
+
+    def __str__(self) -> str:
+        """Return a table of the steps, and the cost."""
+        return plan_table(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return lists, strings and numbers, for JSON."""
+        return plan_dict(self)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digest of every field by its name, equal in all processes that hold equal plans."""
+        return plan_digests(self)

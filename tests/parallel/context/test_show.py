@@ -1,0 +1,73 @@
+"""Plans as text, as plain data and as digests."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+from ms_parallel.context.build import plan_attention
+from ms_parallel.context.layout import SeqLayout
+from ms_parallel.context.mask import AttnMask
+from support.plans import random_plan
+
+TABLE = """\
+ring: 2 processes, 2 nodes of 1, causal mask
+16 tokens, 8 a process; 4 heads, 2 of keys and values, 4 + 4 channels; keeps last, sums of 4 bytes
+
+forward  node 0    node 1
+0        k0:36 >1  k1:36 >0
+1        k1:32     k0:32
+
+backward  node 0        node 1
+0         k1:32 >1      k0:32 >0
+1         k0:36 >1:dkv  k1:36 >0:dkv
+
+a process and row of the batch, 2 bytes per element: mean (most)
+bytes sent forward              256 (256)
+bytes sent backward             768 (768)
+messages                          3 (3)
+pairs attended to                68 (68)
+collectives                       0"""
+
+
+def small(mask=None, size=2, **arguments):
+    mask = mask or AttnMask.causal()
+    return plan_attention(
+        SeqLayout.zigzag(16, size), mask, heads=(4, 2), head_dims=(4, 4), **arguments
+    )
+
+
+def test_a_plan_prints_as_a_table():
+    assert str(small()) == TABLE
+
+
+def test_masks_and_kinds_are_named():
+    words = {
+        "full mask": AttnMask.full(),
+        "window (3, all) mask": AttnMask.window(3, None),
+        "causal, 2 documents mask": AttnMask.causal((0, 3, 16)),
+        "dense mask": AttnMask.from_matrix(torch.ones(16, 16).bool()),
+    }
+    for text, mask in words.items():
+        assert text in str(small(mask))
+    assert "gathered" in str(small(algorithm="allgather_kv"))
+    assert "1 nodes of 2" in str(small(algorithm="ulysses"))
+
+
+def test_any_plan_prints_and_is_plain_data():
+    for seed in range(40):
+        plan = random_plan(seed)
+        assert len(str(plan).splitlines()) > 8
+        data = json.loads(json.dumps(plan.as_dict()))
+        assert data["layout"]["shards"] == [[list(p) for p in s] for s in plan.layout.shards]
+        assert len(data["backward"]["transfers"]) == len(plan.backward.transfers)
+        assert len(data["forward"]["steps"]) == plan.nodes.size
+
+
+def test_digests_name_the_field_that_differs():
+    one, other = small(), small(kv_keep="kv")
+    assert one.digests == replace(one).digests
+    differ = {name for name in one.digests if one.digests[name] != other.digests[name]}
+    assert differ == {"kv_keep"}
+    masks = [AttnMask.from_matrix(torch.full((16, 16), value)) for value in (True, False)]
+    assert small(masks[0]).digests["mask"] != small(masks[1]).digests["mask"]
