@@ -112,7 +112,8 @@ def test_bf16_equals_one_process(name, early, late):
 
 
 def test_fp16_scales_its_loss_dynamically():
-    start = {"fp16": True, "initial_loss_scale": 2.0**30, "loss_scale_window": 2, "hysteresis": 1}
+    scale = {"initial_loss_scale": 2.0**30, "loss_scale_window": 2, "hysteresis": 1}
+    start = {**FOUR, "fp16": True, **scale}
     for results in run_ranks(scaled, 2, start, preload="megatron", timeout=120):
         scales = [scale for scale, _, _ in results]
         assert results[0][1], "the first scale overflows"
