@@ -84,7 +84,7 @@ def ran():
             for _, test, sample in every_call(dtype):
                 args, kwargs = list(sample.args), dict(sample.kwargs)
                 for place in test.mutates:
-                    args[place] = args[place].clone()
+                    args[place] = None if args[place] is None else args[place].clone()
                 leaves = []
                 for place in sample.differentiable:
                     where = kwargs if isinstance(place, str) else args

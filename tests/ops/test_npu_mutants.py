@@ -18,6 +18,22 @@ MUTANTS = {
          "dweight.to(weight.dtype)", "dweight", 1),
         ("offset dropped", "ms_ops.norm.npu:_scale", "+ offset", "", 1),
     ],
+    "dropout_add_norm": [
+        ("eps of the kernel's own", "ms_ops.dropout_norm.npu:forward",
+         "stream, scale, epsilon=eps", "stream, scale", 1),
+        ("eps of the layer norm", "ms_ops.dropout_norm.npu:forward",
+         "shift, epsilon=eps", "shift", 1),
+        ("sum not asked for", "ms_ops.dropout_norm.npu:forward", ", additional_output=True", "", 1),
+        ("mean and rstd exchanged", "ms_ops.dropout_norm.npu:forward",
+         "out, mean, rstd, r =", "out, rstd, mean, r =", 1),
+        ("sum rounded", "ms_ops.dropout_norm.npu:forward",
+         "d, stream, scale, epsilon",
+         "d.bfloat16(), stream.bfloat16(), scale.bfloat16(), epsilon", 1),
+        ("scale dropped from the stream", "ms_ops.dropout_norm.npu:backward",
+         "portable.stream(x, residual, *scales, p)", "portable.stream(x, None, *scales, p)", 1),
+        ("gradient of the stream itself", "ms_ops.dropout_norm.npu:backward",
+         "if dpre is not None", "if False", 1),
+    ],
     "swiglu": [
         ("gradient and input swapped", "ms_ops.activation.npu:backward",
          "(dy.contiguous(), x.contiguous()", "(x.contiguous(), dy.contiguous()", 1),
@@ -104,6 +120,19 @@ MUTANTS = {
         ("gradient and result swapped", "ms_ops.softmax.npu:backward",
          "dy.contiguous(), y,", "y, dy.contiguous(),", 1),
     ],
+    "fused_adamw_": [
+        ("penalty twice", "ms_ops.optim.npu:adamw",
+         "weight_decay, maximize = 0.0", "_, maximize = 0.0", 1),
+        ("gradients turned twice", "ms_ops.optim.npu:adamw",
+         "weight_decay, maximize = 0.0, False", "weight_decay = 0.0", 1),
+        ("largest moments unused", "ms_ops.optim.npu:adamw",
+         "amsgrad=bool(max_exp_avg_sqs)", "amsgrad=False", 1),
+        ("bias always corrected", "ms_ops.optim.npu:adamw", "not bias_correction or ", "", 1),
+        ("strides forgotten", "ms_ops.optim.npu:_serves", "t.is_contiguous() and ", "", 1),
+    ],
+    "fused_ema_adamw_": [
+        ("decay of the other side", "ms_ops.optim.npu:ema_adamw", "1 - ema_decay", "ema_decay", 1),
+    ],
     "attention_merge": [
         ("parts exchanged", "ms_ops.attention.merge.npu:forward",
          "outs[0], tops[0], ones, outs[1], tops[1]", "outs[0], tops[1], ones, outs[1], tops[0]", 1),
@@ -164,11 +193,13 @@ def small_samples(op, dtype):
             yield sample
 
 
+# Optimizers have no 16-bit form.
+DTYPES = {"fused_adamw_": torch.float32, "fused_ema_adamw_": torch.float32}
 WRONG = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def check(op):
-    for sample in small_samples(op, torch.bfloat16):
+    for sample in small_samples(op, DTYPES.get(op, torch.bfloat16)):
         testing.check_values(op, sample, "npu")
         testing.check_fake(op, sample, "npu")
 

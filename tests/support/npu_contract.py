@@ -25,6 +25,8 @@ from ms_ops.opdef import OPERATORS as DEFINED
 from ms_ops.testing.npu.attention import KERNELS
 
 VENDOR = ("npu", "atb")
+# Operators of torch itself that a backend asks for because torch_npu has kernels of its own.
+WATCHED = ("aten::_fused_adamw_", "aten::_foreach_lerp_", "aten::addmm")
 # Operators whose shape functions are wrong in torch_npu 2.13.0 (one raises TypeError always, the
 # other mistakes heads for queries with BSND), or that have none.
 NO_SHAPES = {
@@ -64,16 +66,19 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.namespace in VENDOR:
+        if func.namespace in VENDOR or func._schema.name in WATCHED:
             self.called.append(func._schema.name)
         # The arguments have met the schema by now.
         shapes = NO_SHAPES.get(func._schema.name, func)
         return shapes(*args, **(kwargs or {}))
 
 
-def run_samples(op: str, dtype: torch.dtype) -> list[str]:
-    """Run forward and backward of all samples of an operator; return torch_npu's operators used."""
-    contract = ContractMode()
+def run_samples(op: str, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """Run forward and backward of all samples of an operator that its NPU backend takes.
+
+    Returns how many there were, and torch_npu's operators used.
+    """
+    contract, count = ContractMode(), 0
     for sample in testing.OPERATORS[op].samples(dtype, "cpu"):
         with FakeTensorMode():
             args = [_on_npu(a) for a in sample.args]
@@ -84,13 +89,14 @@ def run_samples(op: str, dtype: torch.dtype) -> list[str]:
             fake = testing.Sample(sample.name, tuple(args), kwargs, sample.differentiable)
             if testing.declines(op, fake, "npu"):
                 continue
+            count += 1
             leaves = [
                 (kwargs if isinstance(i, str) else args)[i].requires_grad_()
                 for i in sample.differentiable
             ]
             with contract:
                 forward_and_backward(testing.OPERATORS[op].function, args, kwargs, leaves)
-    return contract.called
+    return count, contract.called
 
 
 def forward_and_backward(

@@ -30,7 +30,7 @@ def forward(
     """Return (out, pre, mask, mean, rstd) as the reference does."""
     dropping = return_mask or p > 0
     mask = keep_mask(x, rng, p) if dropping else x.new_empty(0, dtype=torch.bool)
-    r = _stream(x, residual, row_scale, layer_scale, mask, p)
+    r = stream(x, residual, row_scale, layer_scale, mask, p)
     scale = weight.to(r.dtype)
     if norm == "layer":
         shift = None if bias is None else bias.to(r.dtype)
@@ -59,7 +59,7 @@ def backward(
     norm: str,
 ) -> tuple[Tensor, ...]:
     """Return the gradients; the sum is made again from x and residual, in the compute dtype."""
-    r = _stream(x, residual, row_scale, layer_scale, mask, p)
+    r = stream(x, residual, row_scale, layer_scale, mask, p)
     dy, scale = upcast(dout), weight.to(r.dtype)
     dbias: Tensor | None = None
     if norm == "layer":
@@ -82,7 +82,7 @@ def backward(
     return ordered(x, weight, streams, dweight, dbias if bias is not None else None)
 
 
-def _stream(
+def stream(
     x: Tensor,
     residual: Tensor | None,
     row_scale: Tensor | None,
@@ -90,6 +90,7 @@ def _stream(
     mask: Tensor | None,
     p: float,
 ) -> Tensor:
+    """Return the sum that is normalised, in the compute dtype."""
     r = dropped(scaled(x, row_scale, layer_scale), mask, p)
     if residual is not None:
         r = r + residual.to(compute_dtype(x.dtype))

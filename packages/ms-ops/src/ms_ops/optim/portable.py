@@ -59,7 +59,7 @@ def adamw(
         return
     corrections = _corrections(step, (beta1, beta2), params[0].dtype) if bias_correction else None
     decay = weight_decay if mode == 0 else 0.0
-    steps = _gradients(params, grads, decay, maximize)
+    steps = gradients(params, grads, decay, maximize)
     if mode == 1 and weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     _moments(steps, exp_avgs, exp_avg_sqs, beta1, beta2)
@@ -105,9 +105,10 @@ def _corrections(
     return first, second
 
 
-def _gradients(
+def gradients(
     params: list[Tensor], grads: list[Tensor], decay: float, maximize: bool
 ) -> list[Tensor]:
+    """Return the gradients turned to go up, and with a penalty, where that is asked for."""
     if maximize:
         grads = list(torch._foreach_neg(grads))
     return list(torch._foreach_add(grads, params, alpha=decay)) if decay else grads

@@ -41,6 +41,9 @@ def dropout_add_norm_samples(dtype: torch.dtype, device: str) -> Iterator[Sample
     one = {**drop, **asked, "p": 1.0, "layer_scale": make(6)}
     yield Sample("all_dropped", (make(3, 6), make(3, 6), make(6)), one, (0, 1, 2, "layer_scale"))
     yield Sample("eval", (make(3, 8), make(3, 8), make(8)), {**drop, "training": False}, (0, 1, 2))
+    # Large enough to show what it is added to.
+    yield Sample("eps", (make(3, 8), make(3, 8), make(8)), {**plain, "eps": 0.5}, (0, 1, 2))
+    yield Sample("rms_eps", (make(3, 8), make(3, 8), make(8)), {**rms, "eps": 0.5}, (0, 1, 2))
     turned = (make(3, 4).t(), make(4, 6)[:, ::2], make(6)[::2], make(3))
     yield Sample("strided", turned, {**drop, "prenorm": True}, all_four)
     yield Sample("no_rows", (make(0, 4), make(0, 4), make(4), make(4)), drop, all_four)

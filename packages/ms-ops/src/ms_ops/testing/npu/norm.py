@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .require import need, need_dtypes
+from .require import need, need_contiguous, need_dtypes
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,43 @@ def rms_norm_backward(dy: Tensor, x: Tensor, gamma: Tensor, rstd: Tensor) -> tup
     return dx.to(x.dtype), dgamma
 
 
+def add_rms_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, rstd, x1 + x2); a sum of 16-bit operands is rounded before it is normalised."""
+    _check_sum("npu_add_rms_norm", x1, x2, gamma)
+    x = x1 + x2
+    y, rstd = rms_norm(x, gamma, epsilon)
+    return y, rstd, x
+
+
+def add_layer_norm(
+    x1: Tensor,
+    x2: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    epsilon: float = 1e-5,
+    additional_output: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (y, mean, rstd, x1 + x2); the last is left unwritten unless it is asked for."""
+    _check_sum("npu_add_layer_norm", x1, x2, gamma, beta)
+    x = x1 + x2
+    dims = tuple(range(-gamma.dim(), 0))
+    wide = x.float()
+    mean = wide.mean(dims, keepdim=True)
+    rstd = ((wide - mean).square().mean(dims, keepdim=True) + epsilon).rsqrt()
+    y = ((wide - mean) * rstd * gamma.float() + beta.float()).to(x.dtype)
+    return y, mean, rstd, x if additional_output else torch.full_like(x, torch.nan)
+
+
+def _check_sum(op: str, x1: Tensor, x2: Tensor, *weights: Tensor) -> None:
+    need_dtypes(op, x1, x2, *weights)
+    need_contiguous(op, x1, x2, *weights)
+    need(op, x1.shape == x2.shape and x1.numel() > 0, "two tensors alike, not empty")
+    last = x1.shape[x1.dim() - weights[0].dim() :]
+    need(op, all(w.shape == last for w in weights), "weights like the last dimensions")
+
+
 def _check(x: Tensor, gamma: Tensor) -> None:
     need_dtypes("npu_rms_norm", x)
     need("npu_rms_norm", gamma.dtype in (x.dtype, torch.float32), f"gamma {x.dtype} or fp32")
@@ -40,6 +77,8 @@ def _check(x: Tensor, gamma: Tensor) -> None:
 
 
 KERNELS = {
+    "npu::npu_add_layer_norm": add_layer_norm,
+    "npu::npu_add_rms_norm": add_rms_norm,
     "npu::npu_rms_norm": rms_norm,
     "npu::npu_rms_norm_backward": rms_norm_backward,
 }
