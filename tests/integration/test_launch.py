@@ -29,9 +29,9 @@ def in_child(message, path):
 
 
 if __name__ == "__main__":
-    out, method = sys.argv[1:]
+    out, methods = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context(methods.split("-")[int(rank)])
     child = context.Process(target=in_child, args=(Message("hello"), f"{out}/child-{rank}.json"))
     child.start()
     child.join()
@@ -73,10 +73,10 @@ def check_child(found: dict, argv: list[str]) -> None:
     assert found["cuda"] is False  # outside megatron torch stays honest, in children too
 
 
-def test_two_processes_and_their_spawned_children(script, tmp_path):
-    done = launch("--nproc-per-node", 2, script, tmp_path, "spawn")
+def test_two_processes_and_children_of_each_start_method(script, tmp_path):
+    done = launch("--nproc-per-node", 2, script, tmp_path, "spawn-forkserver")
     assert done.returncode == 0, done.stderr
-    argv = [str(script), str(tmp_path), "spawn"]
+    argv = [str(script), str(tmp_path), "spawn-forkserver"]
     for rank in (0, 1):
         main = read(tmp_path / f"main-{rank}.json")
         assert main["argv"] == argv
@@ -87,12 +87,6 @@ def test_two_processes_and_their_spawned_children(script, tmp_path):
         child = read(tmp_path / f"child-{rank}.json")
         check_child(child, argv)
         assert child["main"] == "__mp_main__"
-
-
-def test_children_of_the_fork_server(script, tmp_path):
-    done = launch(script, tmp_path, "forkserver")
-    assert done.returncode == 0, done.stderr
-    check_child(read(tmp_path / "child-0.json"), [str(script), str(tmp_path), "forkserver"])
 
 
 def test_module_instead_of_a_file(script, tmp_path):
