@@ -30,6 +30,7 @@ class Package:
 
 
 PACKAGES = (
+    Package("ms-memory", "ms-memory", "ms_memory"),
     Package("ms-ops", "ms-ops", "ms_ops"),
     Package("ms-parallel", "ms-parallel", "ms_parallel"),
     Package("ms-profile", "ms-profile", "ms_profile", ("report",)),

@@ -21,7 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "profile": ("ms-profile",),
 }
 # Distributions that exist so far; a level asks for no package that nobody can install.
-RELEASED = ("ms-ops", "ms-parallel", "ms-profile")
+RELEASED = ("ms-memory", "ms-ops", "ms-parallel", "ms-profile")
 
 
 def import_name(distribution: str) -> str:
