@@ -1,5 +1,6 @@
 """Save and load: resumed runs equal uninterrupted ones bit for bit; other layouts; bad folders."""
 
+import functools
 import json
 import shutil
 
@@ -45,36 +46,54 @@ def ranks(world_size, flat, steps, *args):
     return run_ranks(train, world_size, flat, steps, *args, preload="megatron")[0]
 
 
-# Every save starts a process per rank that imports torch: 3 s. So a save serves several tests.
-CASES = {  # fp32 with DISTRIBUTED is in the test of the asynchronous save
-    "dp2": (2, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "bf16_distributed": (2, DISTRIBUTED | {"bf16": True}),
-    "fp16": (1, {"fp16": True, "initial_loss_scale": 2.0**30, "loss_scale_window": 2.0}),
+# The first save of a process starts another one that imports torch: 3 s for each rank. So the cases
+# of a world size are trained and saved by the same processes, one after another.
+CASES = {
+    1: {
+        "plain": {},
+        "fp16": {"fp16": True, "initial_loss_scale": 2.0**30, "loss_scale_window": 2.0},
+    },
+    2: {
+        "plain": {},
+        "tp": {"tensor_model_parallel_size": 2},
+        "bf16_distributed": DISTRIBUTED | {"bf16": True},
+        "distributed_async": DISTRIBUTED,
+        "no_dropout": DISTRIBUTED | {"hidden_dropout": 0.0},
+    },
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_resume_is_bitwise_equal(name, tmp_path):
-    world_size, sizes = CASES[name]
-    first, _ = ranks(world_size, TINY | sizes, 3, None, str(tmp_path))
-    check_resumed(world_size, TINY | sizes, first, tmp_path)
-
-
-def check_resumed(world_size, flat, first, folder):
-    whole, valid = ranks(world_size, flat, 6)
-    rest, resumed_valid = ranks(world_size, flat, 3, str(folder))
-    assert first + rest == whole
-    assert resumed_valid == valid
+def train_cases(rank, world_size, steps, save=None, load=None):
+    found = {}
+    for name, sizes in CASES[world_size].items():
+        folders = [None if folder is None else f"{folder}/{name}" for folder in (load, save)]
+        asynchronous = name.endswith("async")
+        found[name] = train(rank, world_size, TINY | sizes, steps, *folders, asynchronous)
+    return found
 
 
 @pytest.fixture(scope="module")
-def saved_by_two(tmp_path_factory):
-    """All six losses of two processes, and the folder that they save after three."""
-    folder = tmp_path_factory.mktemp("two")
-    flat = TINY | DISTRIBUTED | {"hidden_dropout": 0.0}
-    ranks(2, flat, 3, None, str(folder))
-    return ranks(2, flat, 6)[0], folder
+def halves(tmp_path_factory):
+    """By world size: a folder a case, what its first three steps gave, and what all six give."""
+
+    @functools.cache
+    def find(world_size):
+        folder = tmp_path_factory.mktemp("saved")
+        run = functools.partial(run_ranks, train_cases, world_size, preload="megatron", timeout=120)
+        return folder, run(3, str(folder))[0], run(6)[0]
+
+    return find
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_resume_is_bitwise_equal(world_size, halves):
+    folder, first, whole = halves(world_size)
+    rest = run_ranks(
+        train_cases, world_size, 3, None, str(folder), preload="megatron", timeout=120
+    )[0]
+    for name in CASES[world_size]:
+        assert first[name][0] + rest[name][0] == whole[name][0], name
+        assert rest[name][1] == whole[name][1], f"{name}: validation"
 
 
 @pytest.mark.parametrize(
@@ -86,34 +105,18 @@ def saved_by_two(tmp_path_factory):
     ],
     ids=["tp2", "pp2", "one"],
 )
-def test_reshard(target, saved_by_two):
-    whole, folder = saved_by_two
-    flat = TINY | DISTRIBUTED | {"hidden_dropout": 0.0}
+def test_reshard(target, halves):
+    folder, _, whole = halves(2)
     world_size, sizes = target
-    rest, _ = ranks(world_size, flat | sizes, 3, str(folder), None, False, True)
-    for mine, theirs in zip(rest, whole[3:], strict=True):
+    flat = TINY | CASES[2]["no_dropout"] | sizes
+    rest, _ = ranks(world_size, flat, 3, f"{folder}/no_dropout", None, False, True)
+    for mine, theirs in zip(rest, whole["no_dropout"][0][3:], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-def test_async_save_resumes_like_sync(tmp_path):
-    flat = TINY | DISTRIBUTED
-    first, _ = ranks(2, flat, 3, None, str(tmp_path), True)
-    check_resumed(2, flat, first, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def saved_by_one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return ranks(1, TINY, 3, None, str(folder))[0], folder
-
-
 @pytest.fixture
-def saved(saved_by_one):
-    return saved_by_one[1]
-
-
-def test_one_process_resumes_bit_for_bit(saved_by_one):
-    check_resumed(1, TINY, *saved_by_one)
+def saved(halves):
+    return halves(1)[0] / "plain"
 
 
 def damaged(saved, tmp_path):
