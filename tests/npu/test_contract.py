@@ -36,6 +36,18 @@ def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype, monkeypat
     assert not failure, failure
 
 
+def test_accumulation_without_atb(monkeypatch):
+    monkeypatch.delenv("ATB_HOME_PATH", raising=False)
+
+    def check():
+        count, called = npu_contract.run_samples("matmul_add_", torch.bfloat16)
+        # Two samples have no rows or columns, one adds to 16 bits.
+        assert called == ["aten::addmm"] * (count - 3)
+
+    failure = npu_contract.in_child(check)
+    assert not failure, failure
+
+
 def test_torchs_own_operators_that_have_npu_kernels():
     for name in ("_fused_adamw_", "_foreach_lerp_.Scalar", "addmm.dtype_out", "native_layer_norm"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "PrivateUse1"), name

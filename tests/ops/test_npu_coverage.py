@@ -8,7 +8,9 @@ import torch
 
 import ms_ops
 from ms_ops import npu, registry, testing
+from ms_ops.matmul import portable
 from ms_ops.testing.npu import emulated_npu, recorded_schemas
+from ms_ops.testing.npu.matmul import TORCHS
 from support.lines import function_lines, lines_run
 from support.npu_contract import forward_and_backward
 from support.npu_samples import all_samples
@@ -52,7 +54,17 @@ def check_odd_calls():
         assert (ms_ops.quant_grouped_matmul(*args, output_dtype=torch.float16) == 1).all()
 
 
-def check_refusals(monkeypatch):
+def check_accumulation_without_atb(monkeypatch):
+    """torch's product into fp32, then the product of copies."""
+    monkeypatch.delenv("ATB_HOME_PATH")
+    for wide in (True, False):
+        monkeypatch.setattr(portable, "wide_product", wide)
+        for name in ("plain", "transposed"):
+            sample = testing.find_sample("matmul_add_", name, torch.bfloat16)
+            testing.check_values("matmul_add_", sample, "npu")
+
+
+def check_refusals():
     """Why a backend passes a call on."""
     find = testing.find_sample
     wide_bias = find("grouped_matmul", "wide_bias", torch.float16)
@@ -68,9 +80,6 @@ def check_refusals(monkeypatch):
     slopes = {**thd.kwargs, "alibi_slopes": ms_ops.alibi_slopes(4)}
     packed = testing.Sample("alibi", thd.args, slopes)
     assert "ALiBi" in testing.declines("attention", packed, "npu")
-    monkeypatch.delenv("ATB_HOME_PATH")
-    low = find("matmul_add_", "plain", torch.bfloat16)
-    assert "NNAL" in testing.declines("matmul_add_", low, "npu")
     assert "tensors on cpu" in npu.declines(ms_ops.Facts("cpu", torch.float32))
     assert npu.available() == "torch_npu is not loaded"
 
@@ -93,12 +102,14 @@ def ran():
                 forward_and_backward(test.function, args, kwargs, leaves)
         check_odd_calls()
         with pytest.MonkeyPatch.context() as monkeypatch:
-            check_refusals(monkeypatch)
+            check_accumulation_without_atb(monkeypatch)
+        check_refusals()
     return lines, {call.name for call in calls}
 
 
 def test_every_operator_of_the_record_is_called(ran):
-    missing = {name.replace("::", ".") for name in set(recorded_schemas()) - ran[1]}
+    known = {*recorded_schemas(), *TORCHS}
+    missing = {name.replace("::", ".") for name in known - ran[1]}
     assert missing == TRACED
 
 

@@ -54,7 +54,7 @@ MUTANTS = {
         ("axis that is split", "ms_ops.matmul.npu:backward", "group_type=2", "group_type=0", 1),
         ("one output a group", "ms_ops.matmul.npu:forward", "split_item=3", "split_item=0", 1),
         ("bias dropped", "ms_ops.matmul.npu:forward", "bias=rows, ", "", 1),
-        ("ends in int32", "ms_ops.matmul.npu:_ends", "torch.int64", "torch.int32", 1),
+        ("ends in int32", "ms_ops.matmul.npu_groups:ends_on", "torch.int64", "torch.int32", 1),
     ],
     "grouped_matmul_add_": [
         ("operands swapped", "ms_ops.matmul.npu:grouped_add",

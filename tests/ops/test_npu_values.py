@@ -6,6 +6,7 @@ import torch
 import ms_ops
 from ms_ops import registry, testing
 from ms_ops.testing.npu import Readings, emulated_npu
+from support.mutation import Mutation, assert_caught
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
@@ -59,6 +60,15 @@ def test_a_call_without_a_wish_runs_on_the_npu_backend():
     x = torch.randn(3, 8)
     assert ms_ops.explain("swiglu", x).startswith("npu (priority 10): can serve")
     assert "npu (priority 10): torch_npu has no kernel" in ms_ops.explain("swiglu", x.double())
+
+
+def test_accumulation_without_atb_turns_the_right_operand(monkeypatch):
+    monkeypatch.delenv("ATB_HOME_PATH")
+    sample = testing.find_sample("matmul_add_", "plain", torch.bfloat16)
+    mutation = Mutation("operands", "ms_ops.matmul.npu:add", "acc, dy.t(), x", "acc, x.t(), dy")
+    assert_caught(
+        mutation, lambda: testing.check_values("matmul_add_", sample, "npu"), RuntimeError
+    )
 
 
 def test_readings_and_emulation_do_not_nest():

@@ -1,8 +1,9 @@
 """Grouped products by torch_npu's kernels, accumulation by ATB's.
 
 The kernel takes the ends of the groups from the device: nothing waits. A list of one group is
-illegal there, one group is a plain product. `matmul_add_` of 16-bit inputs needs ATB, which comes
-with Ascend's NNAL package: without it the composition serves, with an fp32 copy of both inputs.
+illegal there, one group is a plain product. `matmul_add_` of 16-bit inputs is ATB's accumulation,
+which comes with Ascend's NNAL package; without it torch's product of 16-bit matrices that is added
+to fp32; and where torch is too old for that, a product of fp32 copies.
 """
 
 from __future__ import annotations
@@ -13,27 +14,36 @@ import torch
 from torch import Tensor
 
 from .. import npu
-from ..device import LOW_PRECISION
 from ..registry import Backend, Facts, Kernel
 from . import npu_quant, portable
 from .npu_groups import ends_on, serves
 from .weight_quant import matrices
+
+# Where ATB's package says that it is installed.
+ATB = "ATB_HOME_PATH"
 
 
 def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
     """Add dy^T x to acc in acc's precision."""
     if acc.dtype == x.dtype or 0 in (x.numel(), dy.numel()):
         portable.add(acc, x, dy)
-    else:
+    elif ATB in os.environ:
         torch.ops.atb._npu_matmul_add_fp32(dy.contiguous(), x.contiguous(), acc)
+    elif portable.wide_product:
+        torch.addmm(acc, dy.t(), x, out_dtype=acc.dtype, out=acc)
+    else:
+        portable.add(acc, x, dy)
 
 
 def grouped_add(acc: Tensor, x: Tensor, dy: Tensor, offsets: Tensor) -> None:
     """Add x^T dy of each group of rows to acc[e]."""
     if 0 in (x.numel(), dy.numel()):
         return
-    if acc.dtype == x.dtype or offsets.shape[0] == 1:
-        acc.add_(backward(dy.to(acc.dtype), x.to(acc.dtype), offsets, False))
+    if offsets.shape[0] == 1:
+        add(acc[0], dy, x)
+        return
+    if acc.dtype == x.dtype:
+        acc.add_(backward(dy, x, offsets, False))
         return
     # Ends only: some versions of the kernel ignore the kind of the list.
     npu.op("npu_grouped_matmul_add_")(
@@ -103,18 +113,11 @@ def _supports(facts: Facts) -> str | None:
     return npu.declines(facts)
 
 
-def _supports_add(facts: Facts) -> str | None:
-    low = facts.dtype in LOW_PRECISION and facts.option("acc") is torch.float32
-    if low and "ATB_HOME_PATH" not in os.environ:
-        return "needs Ascend's NNAL package (ATB_HOME_PATH is not set)"
-    return npu.declines(facts)
-
-
 BACKEND = Backend(
     "npu",
     npu.PRIORITY,
     {
-        "matmul_add_": Kernel(add, supports=_supports_add),
+        "matmul_add_": Kernel(add, supports=npu.declines),
         "grouped_matmul_add_": Kernel(grouped_add, supports=npu.declines),
         "grouped_matmul": Kernel(forward, backward, _supports),
         "quant_grouped_matmul": Kernel(npu_quant.quant, supports=npu_quant.supports_quant),

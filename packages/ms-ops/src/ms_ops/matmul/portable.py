@@ -22,14 +22,15 @@ from .weight_quant import matrices
 
 _grouped_mm = getattr(torch, "_grouped_mm", None)
 _ALIGNMENT = 16
-_wide_product = "dtype_out" in torch.ops.aten.addmm.overloads()
+# Whether torch multiplies 16-bit matrices into an fp32 one without rounding the product.
+wide_product = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
     """Add dy^T x to acc in acc's precision."""
     if acc.dtype == x.dtype:
         acc.addmm_(dy.t(), x)
-    elif acc.device.type == "cuda" and _wide_product:
+    elif acc.device.type == "cuda" and wide_product:
         torch.addmm(acc, dy.t(), x, out_dtype=acc.dtype, out=acc)
     else:
         acc.addmm_(dy.t().to(acc.dtype), x.to(acc.dtype))

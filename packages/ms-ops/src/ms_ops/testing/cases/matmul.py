@@ -90,6 +90,7 @@ def grouped_add_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         {},
         (),
     )
+    yield Sample("one_group", (make(1, 5, 3, dtype=wide), make(6, 5), make(6, 3), ends(6)), {}, ())
     yield Sample("flat", (make(24, dtype=wide), make(6, 3), make(6, 4), ends(5, 6)), {}, ())
     yield Sample("no_rows", (make(2, 3, 4, dtype=wide), make(0, 3), make(0, 4), ends(0, 0)), {}, ())
     yield Sample(

@@ -205,7 +205,7 @@ def plain_permute_map(
     if drop_and_pad:
         order = (~routing_map).int().argsort(dim=0, stable=True)
         token = order[: (num_out_tokens or 0) // routing_map.shape[1]].t().flatten()
-        expert = torch.arange(routing_map.shape[1]).repeat_interleave(
+        expert = torch.arange(routing_map.shape[1], device=token.device).repeat_interleave(
             token.shape[0] // routing_map.shape[1]
         )
     else:
@@ -285,7 +285,8 @@ def plain_unpermute_map(
 ) -> Tensor:
     """Return the rows scattered and added to their tokens."""
     rows = permuted.shape[0]
-    tokens = torch.arange(routing_map.shape[0], dtype=torch.float64).unsqueeze(1)
+    tokens = torch.arange(routing_map.shape[0], dtype=torch.float64, device=permuted.device)
+    tokens = tokens.unsqueeze(1)
     token, weights, _ = plain_permute_map(
         tokens, routing_map, probs, rows, drop_and_pad=drop_and_pad
     )

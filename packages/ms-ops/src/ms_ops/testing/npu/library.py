@@ -18,8 +18,10 @@ import torch
 import ms_ops
 
 from ... import registry
+from ...matmul.npu import ATB
 from ...registry import Facts, Kernel
 from . import readings as _readings
+from .matmul import TORCHS
 from .readings import Readings
 
 # Modules of this folder that hold KERNELS, functions by the operator's qualified name.
@@ -34,8 +36,6 @@ FAMILIES = (
     "rope",
     "softmax",
 )
-# Where ATB's package says that it is installed.
-ATB = "ATB_HOME_PATH"
 
 
 @cache
@@ -103,7 +103,12 @@ def _define(calls: list[Called]) -> list[torch.library.Library]:
         library.impl(op, _noted(name, _kernels()[name], calls), "CPU")
         # The same code gives shapes on meta tensors, for tracing.
         library.impl(op, _kernels()[name], "Meta")
-    return list(libraries.values())
+    own = torch.library.Library("aten", "IMPL")
+    for name, kernel in TORCHS.items():
+        base, _, overload = name.partition(".")
+        if (overload or "default") in getattr(torch.ops.aten, base[6:]).overloads():
+            own.impl(name, _noted(name, kernel, calls), "CPU")
+    return [*libraries.values(), own]
 
 
 def _noted(name: str, kernel: Callable[..., Any], calls: list[Called]) -> Callable[..., Any]:

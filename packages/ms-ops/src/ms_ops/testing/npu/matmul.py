@@ -107,6 +107,25 @@ def matmul_add(x: Tensor, weight: Tensor, c: Tensor) -> None:
         c += x.float().t() @ weight.float()
 
 
+def addmm_into_fp32(
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor,
+) -> Tensor:
+    """torch's product of 16-bit matrices into fp32, which has no kernel for the CPU."""
+    op = "addmm.dtype_out"
+    need(op, a.dtype in LOW and a.dtype == b.dtype, "16-bit operands of one dtype")
+    need(op, total.dtype == out.dtype == out_dtype == torch.float32, "an fp32 sum")
+    return out.copy_(beta * total + alpha * (a.float() @ b.float()))
+
+
+# Operators of torch itself that torch_npu has a kernel for, and the CPU none.
+TORCHS = {"aten::addmm.dtype_out": addmm_into_fp32}
 KERNELS = {
     "npu::npu_grouped_matmul": grouped_matmul,
     "npu::npu_grouped_matmul_add_": grouped_matmul_add,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -84,6 +85,32 @@ def grouped_add(device: str) -> dict[str, Any]:
     wide = x.double().cpu(), dy.double().cpu()
     truth = torch.stack([wide[0][a:b].t() @ wide[1][a:b] + 1 for a, b in ((0, 3), (3, 3), (3, 8))])
     return {"largest_error": _number((total.double().cpu() - truth).abs().max())}
+
+
+def wide_product(device: str) -> dict[str, Any]:
+    """Error and time of torch's product of bf16 matrices into fp32, beside one of fp32 copies."""
+    x, dy = (_noise(device, 512, 512).roll(shift, 0).bfloat16() for shift in (0, 1))
+    total = torch.zeros(512, 512, device=device)
+    truth = dy.double().cpu().t() @ x.double().cpu()
+    torch.addmm(total, dy.t(), x, out_dtype=torch.float32, out=total)
+    error = (total.double().cpu() - truth).abs().max() / truth.abs().max()
+    calls: dict[str, Callable[[], Any]] = {
+        "out_dtype": lambda: torch.addmm(total, dy.t(), x, out_dtype=torch.float32, out=total),
+        "copies": lambda: total.addmm_(dy.t().float(), x.float()),
+    }
+    seconds = {name: _seconds(call, total) for name, call in calls.items()}
+    return {"relative_error": _number(error), "seconds": seconds}
+
+
+def _seconds(call: Callable[[], Any], result: Tensor) -> float:
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        # Reading a value waits for the device.
+        float(result[0, 0])
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[2]
 
 
 def permute_dtypes(device: str) -> dict[str, Any]:
@@ -183,6 +210,7 @@ PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
     "rope: backward without x": rope_backward_without_x,
     "swiglu: fp16": swiglu_half,
     "grouped_matmul_add_: accumulation": grouped_add,
+    "matmul_add_: torch's product into fp32": wide_product,
     "moe_permute: dtypes": permute_dtypes,
     "moe_permute_map: weights, choices, capacity": routing_maps,
 }
