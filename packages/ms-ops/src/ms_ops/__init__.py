@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import comm
 from .activation import bias_swiglu, swiglu, weighted_swiglu
 from .attention import (
     alibi_bias,
@@ -85,6 +86,7 @@ __all__ = [
     "backend",
     "bias_swiglu",
     "causal_mask",
+    "comm",
     "dropout_add_norm",
     "explain",
     "ffn",

@@ -83,37 +83,38 @@ def prepare(
     bias: Tensor | None = None,
     transpose_weight: bool = False,
     accumulate_into: Tensor | None = None,
+    op: str = OP,
 ) -> tuple[Any, ...]:
     """Check the arguments, apply the autocast policy and return the custom op's arguments."""
     for argument, tensor, dims in (("x", x, 2), ("weight", weight, 3)):
-        check_tensor(OP, argument, tensor)
-        check_float(OP, argument, tensor)
+        check_tensor(op, argument, tensor)
+        check_float(op, argument, tensor)
         if tensor.dim() != dims:
-            fail(ValueError, OP, argument, f"{tensor.dim()} dimensions", str(dims))
+            fail(ValueError, op, argument, f"{tensor.dim()} dimensions", str(dims))
     cast = autocast_dtype(x.device.type)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
-    check_same_dtype(OP, "weight", weight, "x", x)
+    check_same_dtype(op, "weight", weight, "x", x)
     inner, outer = (2, 1) if transpose_weight else (1, 2)
     if weight.shape[inner] != x.shape[1]:
         need = f"{x.shape[1]} in dimension {inner}, the columns of x"
-        fail(ValueError, OP, "weight", tuple(weight.shape), need)
+        fail(ValueError, op, "weight", tuple(weight.shape), need)
     if bias is not None:
-        _check_bias(bias, x, (weight.shape[0], weight.shape[outer]))
-    common_device(OP, x, weight, bias)
+        _check_bias(op, bias, x, (weight.shape[0], weight.shape[outer]))
+    common_device(op, x, weight, bias)
     if accumulate_into is not None:
         _check_accumulator(accumulate_into, weight)
         if bias is not None:
-            fail(ValueError, OP, "accumulate_into", "a tensor beside bias", "one of the two")
-    ends = ends_of(OP, x.shape[0], weight.shape[0], offsets, group_sizes, x.device)
+            fail(ValueError, op, "accumulate_into", "a tensor beside bias", "one of the two")
+    ends = ends_of(op, x.shape[0], weight.shape[0], offsets, group_sizes, x.device)
     return x, weight, ends, bias, bool(transpose_weight)
 
 
-def _check_bias(bias: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
-    check_tensor(OP, "bias", bias)
-    check_float(OP, "bias", bias, tuple(dict.fromkeys((x.dtype, compute_dtype(x.dtype)))))
+def _check_bias(op: str, bias: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
+    check_tensor(op, "bias", bias)
+    check_float(op, "bias", bias, tuple(dict.fromkeys((x.dtype, compute_dtype(x.dtype)))))
     if tuple(bias.shape) != shape:
-        fail(ValueError, OP, "bias", tuple(bias.shape), f"{shape}, groups and columns of weight")
+        fail(ValueError, op, "bias", tuple(bias.shape), f"{shape}, groups and columns of weight")
 
 
 def _check_accumulator(acc: Tensor, weight: Tensor) -> None:
