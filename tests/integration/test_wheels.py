@@ -155,6 +155,7 @@ print(json.dumps([package.__file__, package.__version__, sorted(sys.modules)]))
 GLUE = (
     "attention_alibi",
     "attention_module",
+    "cross_entropy_function",
     "ema_model",
     "grouped_matmul_function",
     "moe_permute_function",

@@ -33,6 +33,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.alibi",
     "mindspeed.features.ops.attention",
     "mindspeed.features.ops.attention_window",
+    "mindspeed.features.ops.cross_entropy",
     "mindspeed.features.ops.grouped_matmul",
     "mindspeed.features.ops.moe_permute",
     "mindspeed.features.ops.rms_norm",

@@ -50,9 +50,10 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
 
 def _fusion_options(config: TrainConfig) -> dict[str, Any]:
     options = dict(vars(config.fusion))
-    # Level 1 serves the fused SwiGLU of MLP and experts without compiling it.
-    if config.optimization_level >= 1 and config.model.swiglu:
-        options["bias_activation_fusion"] = True
+    # Level 1 serves these two without compiling them.
+    if config.optimization_level >= 1:
+        options["cross_entropy_loss_fusion"] = True
+        options["bias_activation_fusion"] |= config.model.swiglu
     return options
 
 
