@@ -8,7 +8,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use.
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "MemoryFeatureError": "ms_memory.errors",
+    "PackedAdamW": "ms_memory.optim",
+    "PackedMaster": "ms_memory.optim",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 
