@@ -54,8 +54,8 @@ def random_arguments(seed):
     documents = random_documents(rng)
     layout = random_layout(rng, documents, nodes * ulysses)
     algorithm = "usp" if nodes > 1 < ulysses else "ulysses" if ulysses > 1 else "ring"
-    if nodes > 1 and rng.random() < 0.15:
-        algorithm = "allgather_kv"
+    if nodes > 1 and rng.random() < 0.4:
+        algorithm = rng.choice(("allgather_kv", "tasks", "tasks"))
     ring = algorithm in ("ring", "usp")
     keep = "last" if nodes * ulysses == 1 else rng.choice(("last", "pre"))
     return {
@@ -68,6 +68,7 @@ def random_arguments(seed):
         "window": rng.choice(divisors(nodes)[:-1] or [1]) if ring else 1,
         "kv_keep": rng.choice(("last", "k", "kv")) if nodes > 1 else keep,
         "pruned": ring and rng.random() < 0.4,
+        "budget": rng.choice((None, 2, 3, 9)) if algorithm == "tasks" else None,
         "grad_bytes": rng.choice((2, 4, 8)),
     }
 

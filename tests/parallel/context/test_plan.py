@@ -276,5 +276,6 @@ def test_conflicts_of_sizes():
 def test_a_long_ring_is_planned_at_once():
     arguments = random_arguments(0) | {"algorithm": "ring", "ulysses": 1, "kv_keep": "last"}
     arguments |= {"layout": SeqLayout.zigzag(2**20, 64), "mask": AttnMask.causal(), "window": 8}
+    arguments["budget"] = None
     plan = plan_attention(**arguments)
     assert sum(c.cells for c in plan.cost(2)) == 2**19 * (2**20 + 1)

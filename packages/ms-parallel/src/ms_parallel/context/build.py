@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ms_ops.checks import check_choice, fail
 
@@ -13,11 +13,12 @@ from .layout import SeqLayout
 from .mask import AttnMask
 from .plan import AttnPlan, Program
 from .routes import Keep, ring_programs
+from .tasks import BUDGET, task_programs
 from .tiles import Tiles
 
-Algorithm = Literal["ring", "ulysses", "usp", "allgather_kv"]
+Algorithm = Literal["ring", "ulysses", "usp", "allgather_kv", "tasks"]
 KvKeep = Literal["last", "k", "kv", "pre"]
-ALGORITHMS: tuple[Algorithm, ...] = ("ring", "ulysses", "usp", "allgather_kv")
+ALGORITHMS: tuple[Algorithm, ...] = ("ring", "ulysses", "usp", "allgather_kv", "tasks")
 KEEPS: tuple[KvKeep, ...] = ("last", "k", "kv", "pre")
 _NAME = "plan_attention"
 
@@ -33,6 +34,7 @@ def plan_attention(
     window: int = 1,
     kv_keep: KvKeep = "last",
     pruned: bool = False,
+    budget: int | None = None,
     grad_bytes: int = 4,
     uneven: bool = True,
 ) -> AttnPlan:
@@ -47,13 +49,17 @@ def plan_attention(
         head_dims: channels of queries and keys, and of values.
         algorithm: "ring": keys and values visit the processes; "ulysses": tokens are traded for
             heads; "usp": both, in nodes of `ulysses` consecutive ranks; "allgather_kv": keys and
-            values are gathered, after the trade where `ulysses` > 1.
+            values are gathered, after the trade where `ulysses` > 1; "tasks": each tile that is
+            not empty is computed by the owner of its queries or of its keys, who gets what it
+            needs from the other (for irregular masks; see `optimize_layout`).
         ulysses: U, ranks of a node. P for "ulysses", where it may be left out.
         window: w, nodes of an inner ring of a ring of rings.
         kv_keep: what stays for backward. "last": what arrived last (ring), or what came out of the
-            exchange or, of "allgather_kv", what was there before it; "kv": all; "k": keys of all;
+            exchange or, of "allgather_kv" and "tasks", what was there before; "kv": all; "k": keys;
             "pre": without a ring, keys and values before the exchange, which is then repeated.
         pruned: keys and values visit only nodes that need them.
+        budget: of "tasks": units a node may move in a round, 2 for keys and values, 1 for queries,
+            1 for outputs; None for 6.
         grad_bytes: bytes per element of travelling gradients of keys and values and other partial
             sums: 4 for float32, 8 for float64.
         uneven: whether shards and numbers of heads may differ between processes.
@@ -70,14 +76,25 @@ def plan_attention(
     _check_sizes(size, algorithm, ulysses)
     _check_window(size // ulysses, algorithm, window)
     _check_keep(size, size // ulysses, algorithm, kv_keep, pruned)
+    if budget is not None and algorithm != "tasks":
+        fail(ValueError, _NAME, "budget", budget, f'None with algorithm "{algorithm}"')
     if min(head_dims) < 1:
         fail(ValueError, _NAME, "head_dims", head_dims, "1 or more channels")
     if not uneven:
         _check_even(layout, mask, heads, ulysses)
     mask.check(layout.total)
-    return _plan(
-        layout, mask, heads, head_dims, algorithm, ulysses, window, kv_keep, pruned, grad_bytes
-    )
+    program = _Route(algorithm, window, "last" if kv_keep == "pre" else kv_keep, pruned, budget)
+    return _plan(layout, mask, heads, head_dims, ulysses, kv_keep, grad_bytes, program)
+
+
+class _Route(NamedTuple):
+    """What the programs follow from, beside layout and mask."""
+
+    algorithm: Algorithm
+    window: int
+    keep: Keep
+    pruned: bool
+    budget: int | None
 
 
 @lru_cache(maxsize=256)
@@ -86,32 +103,28 @@ def _plan(
     mask: AttnMask,
     heads: tuple[int, int],
     head_dims: tuple[int, int],
-    algorithm: Algorithm,
     ulysses: int,
-    window: int,
     kv_keep: KvKeep,
-    pruned: bool,
     grad_bytes: int,
+    route: _Route,
 ) -> AttnPlan:
     head_plan = kv_head_plan(*heads, ulysses)
     nodes = layout.grouped(ulysses)
-    keep: Keep = "last" if kv_keep == "pre" else kv_keep
-    forward, backward = _programs(nodes, mask, algorithm == "allgather_kv", window, keep, pruned)
     return AttnPlan(
-        algorithm, layout, nodes, mask, ulysses, window, head_plan, head_dims, kv_keep,
-        grad_bytes, forward, backward,
+        route.algorithm, layout, nodes, mask, ulysses, route.window, head_plan, head_dims,
+        kv_keep, grad_bytes, *_programs(nodes, mask, route),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _programs(
-    nodes: SeqLayout, mask: AttnMask, gather: bool, window: int, keep: Keep, pruned: bool
-) -> tuple[Program, Program]:
+def _programs(nodes: SeqLayout, mask: AttnMask, route: _Route) -> tuple[Program, Program]:
     tiles = Tiles(nodes, mask)
-    if gather:
+    if route.algorithm == "allgather_kv":
         program = gather_program(tiles)
         return program, program
-    return ring_programs(tiles, window, keep, pruned)
+    if route.algorithm == "tasks":
+        return task_programs(tiles, BUDGET if route.budget is None else route.budget, route.keep)
+    return ring_programs(tiles, route.window, route.keep, route.pruned)
 
 
 def divisors(number: int) -> list[int]:

@@ -134,6 +134,20 @@ class SeqLayout:
         nodes = (_joined(sorted(part for shard in group for part in shard)) for group in groups)
         return SeqLayout(self.total, tuple(nodes))
 
+    def subdivided(self, places: int) -> SeqLayout:
+        """Return the layout in which each process is a node of `places` ranks: undoes `grouped`.
+
+        The tokens of a process, in its order, are cut in `places` parts that differ by at most
+        one token.
+        """
+        shards = []
+        for rank in range(self.size):
+            parts = _cuts("SeqLayout.subdivided", self.length(rank), places, places)
+            for a, b in parts:
+                inside = ((s + max(a - r, 0), min(e, s + b - r)) for r, s, e in self.segments(rank))
+                shards.append(_joined(list(inside)))
+        return SeqLayout(self.total, tuple(shards))
+
     def local_index(self, rank: int) -> Tensor:
         """Return int64 [length(rank)]: the tokens of a rank in its order."""
         return _arange(self.shards[rank])

@@ -177,16 +177,28 @@ class AttnMask:
     def matrix(self, total: int) -> Tensor:
         """Return bool [total, total], True = attend: for small sequences and as an oracle."""
         self.check(total)
+        return self.tile(torch.arange(total), torch.arange(total))
+
+    def tile(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return bool [n, m], True = attend, of any tokens.
+
+        Args:
+            queries: int64 [n], positions in the sequence.
+            keys: int64 [m].
+        """
+        rows = queries.unsqueeze(1)
         if self.dense is not None:
-            return self.dense.matrix
-        at = torch.arange(total)
-        d = at - at.unsqueeze(1)
-        seen = torch.ones(total, total, dtype=torch.bool)
-        seen &= d >= -(total if self.left is None else self.left)
-        seen &= d <= (total if self.right is None else self.right)
+            return self.dense.matrix.to(queries.device)[rows, keys]
+        d = keys - rows
+        seen = torch.ones_like(d, dtype=torch.bool)
+        if self.left is not None:
+            seen &= d >= -self.left
+        if self.right is not None:
+            seen &= d <= self.right
         if self.documents:
-            document = torch.searchsorted(torch.tensor(self.documents), at, right=True)
-            seen &= document == document.unsqueeze(1)
+            ends = torch.tensor(self.documents, device=queries.device)
+            row_doc, key_doc = (torch.searchsorted(ends, p, right=True) for p in (rows, keys))
+            seen &= row_doc == key_doc
         return seen
 
 
@@ -213,9 +225,14 @@ def _dense_rectangle(matrix: Tensor, q0: int, q1: int, k0: int, k1: int) -> Rect
     cells = int(tile.sum())
     if not cells:
         return None
-    n = q1 - q0
+    if cells < tile.numel():
+        rows, keys = (torch.nonzero(tile.any(dim)).flatten() for dim in (1, 0))
+        q0, q1 = q0 + int(rows[0]), q0 + int(rows[-1]) + 1
+        k0, k1 = k0 + int(keys[0]), k0 + int(keys[-1]) + 1
+        tile = matrix[q0:q1, k0:k1]
     if cells == tile.numel():
         return q0, q1, k0, k1, "full", cells
+    n = q1 - q0
     square = (q0, q1) == (k0, k1) and cells == n * (n + 1) // 2
     if square and bool(tile.tril().sum() == cells):
         return q0, q1, k0, k1, "causal", cells

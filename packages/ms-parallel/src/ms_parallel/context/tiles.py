@@ -97,6 +97,20 @@ def join_full(
     return tuple(blocks)
 
 
+def join_dense(blocks: Sequence[Block]) -> Block:
+    """Return one block around all blocks of a node's queries and an owner's keys.
+
+    Its rows and keys need not follow one another in the sequence: their positions are those of the
+    layout (`nodes.local_index`), its pairs what `AttnMask.tile` says of them.
+    """
+    first = min(blocks, key=_by_rows)
+    return Block(
+        first.q_owner, first.q0, max(b.q1 for b in blocks),
+        first.kv_owner, min(b.k0 for b in blocks), max(b.k1 for b in blocks),
+        "dense", first.q_pos, min(blocks, key=_by_keys).k_pos, sum(b.cells for b in blocks),
+    )  # fmt: skip
+
+
 def _by_rows(block: Block) -> tuple[int, int]:
     return block.q0, block.k0
 

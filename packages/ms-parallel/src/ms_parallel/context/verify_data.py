@@ -215,7 +215,8 @@ def check_data(plan: AttnPlan) -> None:
     held = [Held() for _ in range(plan.nodes.size)]
     for node, length in enumerate(plan.nodes.lengths):
         if length:
-            for part in ("k", "v"):
+            # Queries, and in backward what goes with them, are always at their owner.
+            for part in ("k", "v", "q", "qo"):
                 held[node].put(part, Buffer("kv", node, 0, length))
     Run(plan, plan.forward, held, False).run()
     Run(plan, plan.backward, held, True).run()
