@@ -1,4 +1,48 @@
 """Attention over a sequence that several processes hold.
 
-A plan (`plan_attention`) says what every process computes and sends; `context_attention` runs it.
+A plan (`plan_attention`) says what every process computes and sends; `context_attention` runs it,
+`simulate_attention` runs all its processes in one.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> module that defines it; imported on first use.
+_PUBLIC: dict[str, str] = {
+    "AttnMask": "mask",
+    "AttnPlan": "plan",
+    "CPTopology": "topology",
+    "CommCost": "cost",
+    "ContextAttention": "attention",
+    "DenseMask": "mask",
+    "HeadPlan": "heads",
+    "Ledger": "trace",
+    "PlanError": "verify",
+    "SeqLayout": "layout",
+    "Simulation": "simulate",
+    "check_trace": "trace",
+    "context_attention": "attention",
+    "head_to_seq": "exchange",
+    "kv_head_plan": "heads",
+    "optimize_layout": "adaptive",
+    "plan_attention": "build",
+    "plan_dict": "show",
+    "plan_digests": "show",
+    "plan_table": "show",
+    "seq_to_head": "exchange",
+    "simulate_attention": "simulate",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

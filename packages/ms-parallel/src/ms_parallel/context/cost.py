@@ -81,6 +81,28 @@ def transfer_bytes(
     return batch * sum(row[b.what] * (b.stop - b.start) for b in transfer.buffers)
 
 
+def state_bytes(plan: AttnPlan, rank: int, element_bytes: int, batch: int = 1) -> int:
+    """Return the bytes of keys and values that a rank keeps from forward for backward."""
+    node, place = divmod(rank, plan.ulysses)
+    (d, dv), heads = plan.head_dims, _width(plan.heads.kv[place])
+    if plan.kv_keep == "pre":
+        own = plan.layout.length(rank) * plan.heads.kv_heads
+        return batch * own * (d + dv) * element_bytes
+    keys = values = plan.nodes.length(node)
+    if plan.forward.gather:
+        keys = plan.nodes.total if plan.kv_keep in ("k", "kv") else keys
+        values = plan.nodes.total if plan.kv_keep == "kv" else values
+    for transfer in plan.forward.transfers:
+        if transfer.dst == node and transfer.buffers[0].what == "kv":
+            rows = sum(b.stop - b.start for b in transfer.buffers)
+            keys, values = keys + rows, values + rows
+    for step in plan.forward.steps[node]:
+        gone = sum(b.stop - b.start for b in step.free if b.what == "kv")
+        keys -= gone
+        values -= gone + sum(b.stop - b.start for b in step.free_v)
+    return batch * heads * (keys * d + values * dv) * element_bytes
+
+
 def _width(interval: Interval) -> int:
     return interval[1] - interval[0]
 
@@ -95,16 +117,17 @@ def _rank(plan: AttnPlan, rank: int, element_bytes: int, batch: int) -> CommCost
     exchange = exchange_bytes(plan, rank, element_bytes, batch)
     gather = gather_bytes(plan, rank, element_bytes, batch)
     sent = [
-        sum(transfer_bytes(plan, t, place, element_bytes, batch) for t in transfers)
+        [transfer_bytes(plan, t, place, element_bytes, batch) for t in transfers]
         for transfers in (forward, backward)
     ]
     again = plan.kv_keep != "kv"
     collectives = 4 * (plan.ulysses > 1) + (2 + again) * plan.forward.gather
     return CommCost(
-        exchange[0] + gather[0] + sent[0],
-        exchange[1] + gather[1] + sent[1],
-        len(forward),
-        len(backward),
+        exchange[0] + gather[0] + sum(sent[0]),
+        exchange[1] + gather[1] + sum(sent[1]),
+        # A place without heads has nothing to send.
+        sum(size > 0 for size in sent[0]),
+        sum(size > 0 for size in sent[1]),
         collectives,
         cells,
         products * (d + dv),

@@ -1,0 +1,478 @@
+"""Attention over a sequence whose tokens lie at several processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ms_ops.checks import check_choice, check_float, check_same_dtype, check_tensor, fail
+
+from .backward import backward_steps
+from .collect import to_tokens
+from .digest import check_plans, plan_key, plan_of
+from .executor import Job, make_job
+from .forward import Result, forward_steps
+from .kernels import Scoring
+from .plan import AttnPlan
+from .state import needs_inputs, saved
+from .topology import CPTopology, topology_of
+from .transport import GroupTransport, Steps, Transport, run
+
+Layout = Literal["bshd", "sbhd", "thd"]
+LAYOUTS = ("bshd", "sbhd", "thd")
+OP = "context_attention"
+
+
+@overload
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttnPlan,
+    topology: CPTopology,
+    *,
+    scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    alibi_sqrt: bool = ...,
+    dropout_p: float = ...,
+    dropout_rng: Tensor | None = ...,
+    head_start: int = ...,
+    sink: Tensor | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttnPlan,
+    topology: CPTopology,
+    *,
+    scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    alibi_sqrt: bool = ...,
+    dropout_p: float = ...,
+    dropout_rng: Tensor | None = ...,
+    head_start: int = ...,
+    sink: Tensor | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttnPlan,
+    topology: CPTopology,
+    *,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi_sqrt: bool = False,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
+    head_start: int = 0,
+    sink: Tensor | None = None,
+    layout: Layout = "bshd",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend over the whole sequence, of which this process holds a part.
+
+    All processes of the plan call it with the same plan and options. Gradients come back to the
+    processes that hold the tokens. Accumulators are fp32 (fp64 for fp64) and rounded once.
+
+    Args:
+        q: this process's queries in `layout`: [B, s, H, D], [s, B, H, D], or with B = 1
+            [s, H, D]; s is `plan.layout.length(rank)`; fp16, bf16, fp32 or fp64, any strides.
+        k: its keys, Hk heads; Hk divides H.
+        v: its values, Hk heads of Dv channels.
+        plan: from `plan_attention`.
+        topology: the groups, with the plan's size and `ulysses`.
+        scale: factor of q k^T, 1/sqrt(D) when None.
+        alibi_slopes: fp32 [H], constant: subtract slope times the distance of the positions.
+        alibi_sqrt: the square root of the distance.
+        dropout_p: probability to drop a weight.
+        dropout_rng: int64 [2], seed and offset, the same at all processes. Which weights are
+            dropped depends on them and on positions and heads, not on the plan, so that a
+            repeated forward, backward and any number of processes agree.
+        head_start: number of the first head of q among those of all tensor-parallel ranks, for
+            dropout.
+        sink: [H], the score of a key without a value that every query also sees. Its gradient is
+            this process's part, as that of any replicated weight.
+        layout: "bshd", "sbhd" or "thd".
+        return_lse: return the log-sum-exp of the scores too: one exchange more in nodes of
+            several places.
+
+    Returns:
+        out like q with Dv channels, contiguous. With `return_lse` (out, lse): lse fp32 (fp64 for
+        fp64) [B, H, s] or [s, H], without gradient. Kept for backward: queries and output at the
+        node, the log-sum-exp, and the keys and values that the plan says.
+
+    Raises:
+        TypeError: an argument that is no tensor, or dtypes that differ.
+        ValueError: shapes that disagree with the plan, unknown options, dropout without its seed
+            and offset, a plan for other groups.
+    """
+    _check_groups(plan, topology)
+    if topology.check_plans:
+        check_plans(plan, topology, q.device)
+    check_inputs((q, k, v), plan, topology.rank, layout)
+    _check_options(q, plan, alibi_slopes, sink, dropout_p, dropout_rng)
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    out, lse, _ = _forward_op(
+        q, k, v, alibi_slopes, dropout_rng if dropout_p else None, sink,
+        plan_key(plan), topology.key, factor, bool(alibi_sqrt), float(dropout_p), int(head_start),
+        layout, bool(return_lse),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_groups(plan: AttnPlan, topology: CPTopology) -> None:
+    got = (topology.size, topology.ulysses)
+    need = (plan.layout.size, plan.ulysses)
+    if got != need:
+        text = f"{need[0]} ranks in nodes of {need[1]}, as the plan has"
+        fail(ValueError, OP, "topology", f"{got[0]} ranks in nodes of {got[1]}", text)
+    if topology.window not in (1, plan.window):
+        fail(ValueError, OP, "topology", f"window {topology.window}", f"{plan.window}, the plan's")
+
+
+def check_inputs(tensors: Sequence[Tensor], plan: AttnPlan, rank: int, layout: str) -> None:
+    check_choice(OP, "layout", layout, LAYOUTS)
+    heads = (plan.heads.q_heads, plan.heads.kv_heads, plan.heads.kv_heads)
+    d, dv = plan.head_dims
+    batch = None
+    for name, x, h, channels in zip("qkv", tensors, heads, (d, d, dv), strict=True):
+        check_tensor(OP, name, x)
+        check_float(OP, name, x)
+        check_same_dtype(OP, name, x, "q", tensors[0])
+        sizes = list(x.shape)
+        at = {"bshd": 0, "sbhd": 1, "thd": None}[layout]
+        if at is not None and len(sizes) == 4:
+            batch = sizes[at] if batch is None else batch
+            sizes.pop(at)
+            same = x.shape[at] == batch
+        else:
+            same = at is None
+        need = [plan.layout.length(rank), h, channels]
+        if not same or sizes != need:
+            got = f"{tuple(x.shape)} at rank {rank}"
+            text = f"{layout} with (tokens, heads, channels) {tuple(need)}, as the plan has"
+            fail(ValueError, OP, name, got, text + (f", batch {batch}" if batch else ""))
+
+
+def _check_options(
+    q: Tensor,
+    plan: AttnPlan,
+    slopes: Tensor | None,
+    sink: Tensor | None,
+    p: float,
+    rng: Tensor | None,
+) -> None:
+    for name, x in (("alibi_slopes", slopes), ("sink", sink)):
+        if x is not None and tuple(x.shape) != (plan.heads.q_heads,):
+            need = f"{(plan.heads.q_heads,)}, a number a head"
+            fail(ValueError, OP, name, tuple(x.shape), need)
+    if slopes is not None and slopes.requires_grad:
+        fail(ValueError, OP, "alibi_slopes", "a tensor that requires grad", "a constant")
+    if not 0.0 <= p <= 1.0:
+        fail(ValueError, OP, "dropout_p", p, "a probability from 0 to 1")
+    if p and rng is None:
+        need = "int64 [2], seed and offset, the same at all processes"
+        fail(ValueError, OP, "dropout_rng", "None with dropout", need)
+    if p and rng is not None and (rng.dtype is not torch.int64 or tuple(rng.shape) != (2,)):
+        fail(ValueError, OP, "dropout_rng", f"{rng.dtype} {tuple(rng.shape)}", "torch.int64 (2,)")
+
+
+class ContextAttention(torch.nn.Module):
+    """Attention as a module: the plan and the options that do not change.
+
+    Args:
+        plan: from `plan_attention`; another one may be given to a call.
+        topology: the groups.
+        scale: factor of q k^T, 1/sqrt(D) when None.
+        alibi_slopes: fp32 [H], or None.
+        alibi_sqrt: the square root of the distance.
+        dropout_p: probability to drop a weight, in training.
+        layout: "bshd", "sbhd" or "thd".
+    """
+
+    alibi_slopes: Tensor | None
+
+    def __init__(
+        self,
+        plan: AttnPlan,
+        topology: CPTopology,
+        *,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        alibi_sqrt: bool = False,
+        dropout_p: float = 0.0,
+        layout: Layout = "bshd",
+    ) -> None:
+        super().__init__()
+        self.plan, self.topology = plan, topology
+        self.scale, self.alibi_sqrt, self.dropout_p = scale, alibi_sqrt, dropout_p
+        self.layout: Layout = layout
+        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttnPlan | None = None,
+        dropout_rng: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; shapes and the rest as in `context_attention`."""
+        return context_attention(
+            q,
+            k,
+            v,
+            self.plan if plan is None else plan,
+            self.topology,
+            scale=self.scale,
+            alibi_slopes=self.alibi_slopes,
+            alibi_sqrt=self.alibi_sqrt,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_rng=dropout_rng,
+            layout=self.layout,
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a call, as the operators receive them after the tensors."""
+
+    scale: float
+    root: bool
+    dropout_p: float
+    head_start: int
+    layout: str
+    return_lse: bool
+
+    def job(
+        self,
+        plan: AttnPlan,
+        rank: int,
+        q: Tensor,
+        slopes: Tensor | None = None,
+        rng: Tensor | None = None,
+    ) -> Job:
+        """Return the job of a rank for these inputs."""
+        scoring = Scoring(self.scale, slopes, self.root, self.dropout_p, rng, self.head_start)
+        return make_job(plan, rank, q, batch_of(q, self.layout), scoring)
+
+
+def batch_of(x: Tensor, layout: str) -> int:
+    """Return the rows of the batch."""
+    return {"bshd": x.shape[0], "sbhd": x.shape[1], "thd": 1}[layout]
+
+
+def rows_first(x: Tensor, layout: str) -> Tensor:
+    """Return `x` as [s, B, H, D], contiguous."""
+    if layout == "thd":
+        return x.unsqueeze(1).contiguous()
+    return (x.transpose(0, 1) if layout == "bshd" else x).contiguous()
+
+
+def from_rows(x: Tensor, layout: str) -> Tensor:
+    """Return [s, B, H, D] in a layout, contiguous."""
+    if layout == "thd":
+        return x.squeeze(1).contiguous()
+    return (x.transpose(0, 1) if layout == "bshd" else x).contiguous()
+
+
+def forward_of(
+    job: Job,
+    transport: Transport,
+    tensors: Sequence[Tensor],
+    sink: Tensor | None,
+    settings: Settings,
+    log: Any = None,
+) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Return (out, lse, state) of a rank, in the layout of the caller; lse is empty if unwanted."""
+    q, k, v = (rows_first(x, settings.layout) for x in tensors)
+    result: Result = yield from forward_steps(job, transport, q, k, v, sink=sink, log=log)
+    lse = result.lse.new_empty(0)
+    if settings.return_lse:
+        rows = result.lse
+        if job.exchanged:
+            parts = (rows.unsqueeze(-1),)
+            rows = (yield from to_tokens(job, transport, parts, job.ranges[:1]))[0].squeeze(-1)
+        thd = settings.layout == "thd"
+        # The state holds the log-sum-exp too: outputs of an operator do not share memory.
+        lse = (rows.squeeze(1) if thd else rows.permute(1, 2, 0)).clone(
+            memory_format=torch.contiguous_format
+        )
+    return from_rows(result.out, settings.layout), lse, list(result.state)
+
+
+def backward_of(
+    job: Job,
+    transport: Transport,
+    dout: Tensor,
+    out: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    state: Sequence[Tensor],
+    sink: Tensor | None,
+    layout: str,
+    log: Any = None,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Return (dq, dk, dv, dsink) of a rank, in the layout of the caller."""
+    given = [None if x is None else rows_first(x, layout) for x in (dout, out, *inputs)]
+    assert given[0] is not None
+    q, k, v = given[2:]
+    grads = yield from backward_steps(
+        job, transport, given[0], given[1], (q, k, v), state, sink=sink, log=log
+    )
+    dq, dk, dv = (from_rows(g, layout) for g in (grads.q, grads.k, grads.v))
+    return dq, dk, dv, grads.sink
+
+
+def keeps(job: Job) -> tuple[bool, bool, bool]:
+    """Return whether backward needs (queries, keys and values, output) as this process has them."""
+    queries, keys = needs_inputs(job)
+    return queries, keys, not job.exchanged
+
+
+@torch.library.custom_op(
+    "ms_parallel::context_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor? rng, Tensor? sink, str plan,"
+    " str topology, float scale, bool root, float dropout_p, int head_start, str layout,"
+    " bool return_lse) -> (Tensor, Tensor, Tensor[])",
+)
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    rng: Tensor | None,
+    sink: Tensor | None,
+    plan: str,
+    topology: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    settings, groups = Settings(*rest), topology_of(topology)
+    job = settings.job(plan_of(plan), groups.rank, q, slopes, rng)
+    steps = forward_of(job, GroupTransport(groups), (q, k, v), sink, settings, groups.log)
+    return run(steps)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    rng: Tensor | None,
+    sink: Tensor | None,
+    plan: str,
+    topology: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    settings = Settings(*rest)
+    batch = batch_of(q, settings.layout)
+    job = make_job(plan_of(plan), topology_of(topology).rank, q, batch)
+    tokens, heads = job.plan.layout.length(job.rank), job.plan.heads.q_heads
+    shape: tuple[int, ...] = (0,)
+    if settings.return_lse:
+        shape = (tokens, heads) if settings.layout == "thd" else (batch, heads, tokens)
+    lse = q.new_empty(shape, dtype=job.shapes.sums)
+    state = [q.new_empty(item.shape, dtype=item.dtype) for item in saved(job)]
+    return q.new_empty([*q.shape[:-1], v.shape[-1]]), lse, state
+
+
+@torch.library.custom_op(
+    "ms_parallel::context_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? out, Tensor[] state,"
+    " Tensor? slopes, Tensor? rng, Tensor? sink, str plan, str topology, float scale, bool root,"
+    " float dropout_p, int head_start, str layout, bool return_lse)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(
+    dout: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor | None,
+    state: Sequence[Tensor],
+    slopes: Tensor | None,
+    rng: Tensor | None,
+    sink: Tensor | None,
+    plan: str,
+    topology: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings, groups = Settings(*rest), topology_of(topology)
+    job = settings.job(plan_of(plan), groups.rank, dout, slopes, rng)
+    steps = backward_of(
+        job, GroupTransport(groups), dout, out, (q, k, v), state, sink, settings.layout, groups.log
+    )
+    dq, dk, dv, dsink = run(steps)
+    return dq, dk, dv, dout.new_empty(0) if dsink is None else dsink
+
+
+@_backward_op.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor | None,
+    state: Sequence[Tensor],
+    slopes: Tensor | None,
+    rng: Tensor | None,
+    sink: Tensor | None,
+    plan: str,
+    topology: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = plan_of(plan)
+    before = list(dout.shape[:-2])
+    heads, (d, dv) = found.heads, found.head_dims
+    shapes = ((heads.q_heads, d), (heads.kv_heads, d), (heads.kv_heads, dv))
+    dq, dk, dw = (dout.new_empty([*before, *shape]) for shape in shapes)
+    dsink = dout.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return dq, dk, dw, dsink
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    q, k, v, slopes, rng, sink, plan, topology, *rest = inputs
+    out, _, state = output
+    ctx.set_materialize_grads(False)
+    ctx.plan = plan_of(plan)  # Alive as long as backward may need it.
+    ctx.names, ctx.rest = (plan, topology), rest
+    ctx.like = out
+    job = make_job(ctx.plan, topology_of(topology).rank, q, batch_of(q, Settings(*rest).layout))
+    queries, keys, output_too = keeps(job)
+    ctx.save_for_backward(
+        q if queries else None, k if keys else None, v if keys else None,
+        out if output_too else None, slopes, rng, sink, *state,
+    )  # fmt: skip
+
+
+def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    q, k, v, out, slopes, rng, sink, *state = ctx.saved_tensors
+    dout = torch.zeros_like(ctx.like) if dout is None else dout
+    dq, dk, dv, dsink = _backward_op(
+        dout, q, k, v, out, state, slopes, rng, sink, *ctx.names, *ctx.rest
+    )
+    needed = (dq, dk, dv, None, None, dsink if sink is not None else None)
+    return (*needed, *(None for _ in range(2 + len(ctx.rest))))
+
+
+_forward_op.register_autograd(_grad, setup_context=_save)
+
+__all__ = ["ContextAttention", "context_attention"]
