@@ -31,7 +31,7 @@ class Package:
 
 PACKAGES = (
     Package("ms-memory", "ms-memory", "ms_memory"),
-    Package("ms-ops", "ms-ops", "ms_ops"),
+    Package("ms-ops", "ms-ops", "ms_ops", ("triton",)),
     Package("ms-parallel", "ms-parallel", "ms_parallel"),
     Package("ms-profile", "ms-profile", "ms_profile", ("report",)),
     Package("mindspeed", "ms-adaptor", "mindspeed", ("l1", "l2", "profile", "train", "all")),

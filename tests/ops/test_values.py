@@ -53,6 +53,14 @@ def test_every_operator_is_tested():
     assert {*testing.OPERATORS, *comm.OPERATORS} == set(ms_ops.operators())
 
 
+@pytest.mark.parametrize("op", testing.OPERATORS)
+def test_samples_live_where_they_are_asked_to(op):
+    for sample in testing.OPERATORS[op].samples(torch.float32, "meta"):
+        values = (*sample.args, *sample.kwargs.values())
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        assert {t.device.type for t in tensors} == {"meta"}, sample.name
+
+
 def test_unwritten_places_show():
     with testing.poisoned_empty():
         assert torch.empty(3).isnan().all()

@@ -5,8 +5,10 @@
 Each operator's samples go through the backend and are compared with the fp64 reference on the CPU:
 outputs, all gradients, fakes, repetition. For each dtype the report has the largest error in
 roundings, and for the largest sample the time of a call. `--backend npu --emulated` runs the NPU
-backends on CPU tensors, on our emulation of torch_npu: everything but the times means something
-there. On an NPU the report also holds answers to what torch_npu's documents leave open.
+backends on CPU tensors, on our emulation of torch_npu, and `--backend triton` with
+TRITON_INTERPRET=1 in the environment runs kernels in Triton's interpreter: everything but the times
+means something there. On an NPU the report also holds answers to what torch_npu's documents leave
+open.
 
 Exit status: 0 when all is right, 1 when something failed, 2 when the backend cannot run here.
 """
@@ -29,7 +31,7 @@ from torch import Tensor
 
 import ms_ops
 
-from . import registry, testing
+from . import registry, testing, triton
 from .testing.npu import emulated_npu
 from .testing.npu.questions import answers
 
@@ -178,6 +180,9 @@ def _missing(options: argparse.Namespace) -> str:
             return "there is no NPU"
     if not any(options.backend in registry.backends(op) for op in testing.OPERATORS):
         return "no operator has it"
+    if options.backend == "triton":
+        facts = registry.Facts(options.device, torch.float32)
+        return triton.available() or triton.declines(facts) or ""
     return ""
 
 

@@ -15,6 +15,7 @@ FAMILIES = (
     "activation",
     "attention",
     "dropout_norm",
+    "ffn",
     "matmul",
     "moe",
     "norm",
