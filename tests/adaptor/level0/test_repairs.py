@@ -257,7 +257,7 @@ def test_the_distributed_optimizer_resumes_bit_for_bit(tmp_path):
     assert run("second") == whole[3:]
     shared = Mutation(
         "one step tensor for all",
-        "mindspeed.features.level0.optimizer:own_steps",
+        "mindspeed.features.level0.optimizer:wrap_set_states",
         ".clone()",
         "",
     )

@@ -18,6 +18,7 @@ from mindspeed.patching.table import Table, TableError
 FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.adaptor",
     "mindspeed.features.switches",
+    "mindspeed.features.level0.averages",
     "mindspeed.features.level0.collectives",
     "mindspeed.features.level0.cross_entropy",
     "mindspeed.features.level0.cuda_only",
@@ -36,6 +37,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.cross_entropy",
     "mindspeed.features.ops.grouped_matmul",
     "mindspeed.features.ops.moe_permute",
+    "mindspeed.features.ops.optimizer",
     "mindspeed.features.ops.rms_norm",
     "mindspeed.features.ops.rope",
     "mindspeed.features.ops.softmax",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mindspeed.features.ops.optimizer import EMA_DECAY
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.model import Chunk, compute_dtype
 
@@ -34,6 +35,8 @@ def build_optimizer(config: TrainConfig, chunks: list[Chunk]) -> Any:
         loss_scale_window=precision.loss_scale_window,
         hysteresis=precision.hysteresis,
     )
+    # No field of Megatron's; the optimizer with averages reads it.
+    options.ema_decay = config.plan_values().get("ema_decay", EMA_DECAY)
     return get_megatron_optimizer(options, chunks)
 
 

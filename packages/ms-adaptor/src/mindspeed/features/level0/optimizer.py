@@ -3,6 +3,8 @@
 It was written for fused Adams that count steps per parameter group. torch counts per parameter, in
 a tensor: absent before the first step, missing from checkpoints, and shared by all parameters
 after a load, where each parameter then increments it.
+
+Over any Adam, the format ``fully_reshardable`` shifts what it saves when buckets are padded.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ FEATURE = Feature(
             kind="wrap",
             value=f"{_HERE}:wrap_set_states",
             probe=_TORCH_ADAM,
-            reason="It reads every state name from the checkpoint, which holds no step.",
+            reason="It reads every state name from the checkpoint, which holds no step; the loader "
+            "before it gave all parameters one step tensor, which n of them would count n times.",
         ),
         Patch(
-            target=f"{_CLASS}.load_state_dict",
+            target=f"{_CLASS}.sharded_param_state_fully_reshardable",
             kind="wrap",
-            value=f"{_HERE}:wrap_load_state_dict",
-            probe=_TORCH_ADAM,
-            reason="It gives all parameters one step tensor: n parameters count n steps a step.",
+            value=f"{_HERE}:wrap_fully_reshardable",
+            versions=">=0.15,<0.17",
+            reason="It looks parameters up at places that count the padding between buckets, in "
+            "tensors that have none: from the second bucket on the saved values are shifted.",
         ),
     ),
 )
@@ -64,14 +68,22 @@ def wrap_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def create_state(optimizer: Any) -> None:
-    """Give every parameter of a torch Adam the state that its first step would start from."""
+    """Give every parameter of a torch Adam the state that its first step would start from.
+
+    An optimizer that knows its own state is asked for it.
+    """
     import torch
 
+    if hasattr(optimizer, "create_states"):
+        optimizer.create_states()
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                # The fused step reads it on the parameter's device.
+                place = parameter.device if group.get("fused") else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
 
@@ -79,9 +91,9 @@ def create_state(optimizer: Any) -> None:
 def wrap_set_states(original: Callable[..., None]) -> Callable[..., None]:
     """Keep the step that ``load_state_dict`` took from the checkpoint's parameter groups.
 
-    The parameter state brings none, or, in the format ``dp_reshardable``, that of the loading
-    optimizer, which is zero. In fp32 the main parameter is a view of the model's own, so it is
-    written without autograd.
+    It gave all parameters one tensor: here each gets its own. The parameter state brings none, or,
+    in the format ``dp_reshardable``, that of the loading optimizer, which is zero. In fp32 the main
+    parameter is a view of the model's own, so it is written without autograd.
     """
     import torch
 
@@ -89,27 +101,39 @@ def wrap_set_states(original: Callable[..., None]) -> Callable[..., None]:
     def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        kept = {"step": state["step"]} if "step" in state else {}
+        kept = {}
+        if "step" in state:
+            kept["step"] = state["step"] = state["step"].clone()
         with torch.no_grad():
             original(self, model_param, {**tensors, **kept})
 
     return _set_main_param_and_optimizer_states
 
 
-def wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give each parameter a step tensor of its own after a load."""
+def wrap_fully_reshardable(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Look parameters up where they are: at places that count no padding of earlier buckets."""
 
     @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> Any:
-        result = original(self, state_dict)
-        own_steps(self.optimizer)
-        return result
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = without_padding(buffer)
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
 
-    return load_state_dict
+    return sharded_param_state_fully_reshardable
 
 
-def own_steps(optimizer: Any) -> None:
-    """Replace a step tensor shared by parameters by one for each."""
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = state["step"].clone()
+def without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """Place of each parameter of a gradient buffer: start, end, bucket; buckets end to end."""
+    shifts, shift = [], 0
+    for bucket in buffer.buckets:
+        shifts.append(shift)
+        shift += bucket.grad_data.numel() - bucket.numel_unpadded
+    return {
+        parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
