@@ -118,13 +118,19 @@ def _plan(
 
 @lru_cache(maxsize=64)
 def _programs(nodes: SeqLayout, mask: AttnMask, route: _Route) -> tuple[Program, Program]:
-    tiles = Tiles(nodes, mask)
+    tiles = _tiles(nodes, mask)
     if route.algorithm == "allgather_kv":
         program = gather_program(tiles)
         return program, program
     if route.algorithm == "tasks":
         return task_programs(tiles, BUDGET if route.budget is None else route.budget, route.keep)
     return ring_programs(tiles, route.window, route.keep, route.pruned)
+
+
+@lru_cache(maxsize=8)
+def _tiles(nodes: SeqLayout, mask: AttnMask) -> Tiles:
+    """Keep the tiles, which all algorithms share."""
+    return Tiles(nodes, mask)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,0 +1,205 @@
+"""Which algorithm for these heads, this sequence, these links: the fastest plan, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .build import divisors, plan_attention
+from .cost import state_bytes
+from .estimate import Estimate, Machine, estimate
+from .layout import SeqLayout
+from .mask import AttnMask
+from .plan import AttnPlan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run an attention.
+
+    Attributes:
+        arguments: what `plan_attention` takes beside layout, mask, heads and channels.
+        time: estimated seconds.
+        sent_bytes: what the rank that sends most sends, forward and backward.
+        state_bytes: keys and values that the rank that keeps most keeps for backward.
+    """
+
+    arguments: dict[str, Any]
+    time: Estimate
+    sent_bytes: int
+    state_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The arguments in a few words."""
+        a = self.arguments
+        words = [a["algorithm"]]
+        nodes = a["algorithm"] in ("usp", "allgather_kv", "tasks")
+        words += [f"U = {a['ulysses']}"] if nodes else []
+        words += [f"w = {a['window']}"] if a["window"] > 1 else []
+        words += [f"keeps {a['kv_keep']}"] if a["kv_keep"] != "last" else []
+        words += ["pruned"] if a["pruned"] else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The best choice and the others, fastest first.
+
+    Attributes:
+        choice: the fastest that fits.
+        reason: why, in one sentence with the numbers that decide.
+        others: everything else that was tried.
+    """
+
+    choice: Choice
+    reason: str
+    others: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        """Return a table of what was tried."""
+        rows = [["", "total", "compute", "exposed", "sent", "kept"]]
+        for c in (self.choice, *self.others):
+            times = (c.time.total_s, c.time.compute_s, c.time.exposed_s)
+            sizes = (f"{c.sent_bytes / 2**20:.1f} MiB", f"{c.state_bytes / 2**20:.1f} MiB")
+            rows.append([c.name, *(f"{s * 1e3:.3f} ms" for s in times), *sizes])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        return "\n".join([*lines, "", self.reason])
+
+
+def advise(
+    layout: SeqLayout,
+    mask: AttnMask,
+    machine: Machine,
+    *,
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    element_bytes: int = 2,
+    batch: int = 1,
+    grad_bytes: int = 4,
+    spare_bytes: int = 0,
+    even_heads: bool = False,
+) -> Advice:
+    """Return the fastest way to run an attention, by an estimate of every sensible one.
+
+    First every U with a plain ring, a gather, or tasks (where tiles are empty); then, for the two
+    best, windows; then, for the best, pruned traffic and what to keep. Of those that are equally
+    fast, to three digits, the one that sends less.
+
+    Args:
+        layout: which process holds which tokens.
+        mask: which keys a query may attend to.
+        machine: rates.
+        heads: query heads, and key and value heads of one process.
+        head_dims: channels of queries and keys, and of values.
+        element_bytes: bytes per element.
+        batch: rows of the batch.
+        grad_bytes: bytes per element of travelling partial sums.
+        spare_bytes: memory of a rank for keys and values that this attention may keep for
+            backward, beyond what the plans do that keep least.
+        even_heads: only U that divide the query heads.
+    """
+
+    def plan_of(ulysses: int, **more: Any) -> AttnPlan:
+        arguments = _arguments(layout.size, ulysses, **more)
+        return plan_attention(
+            layout, mask, heads=heads, head_dims=head_dims, grad_bytes=grad_bytes, **arguments
+        )
+
+    def tried(ulysses: int, **more: Any) -> Choice:
+        arguments = _arguments(layout.size, ulysses, **more)
+        plan = plan_of(ulysses, **more)
+        time = estimate(plan, machine, element_bytes, batch)
+        cost = plan.cost(element_bytes, batch)
+        sent = max(c.forward_bytes + c.backward_bytes for c in cost)
+        kept = max(state_bytes(plan, r, element_bytes, batch) for r in range(layout.size))
+        return Choice(arguments, time, sent, kept)
+
+    legal = [u for u in divisors(layout.size) if u <= heads[0] or u == 1]
+    legal = [u for u in legal if heads[0] % u == 0 or not even_heads]
+    base = [tried(u) for u in legal]
+    base += [tried(u, algorithm=a) for u in legal for a in _others(plan_of(u))]
+    found = sorted(base, key=_order)
+    for choice in found[:2]:
+        found += [tried(**more) for more in _windows(choice, layout.size)]
+    found += [tried(**more) for more in _policies(min(found, key=_order))]
+    limit = max(c.state_bytes for c in base) + spare_bytes
+    fitting = sorted((c for c in found if c.state_bytes <= limit), key=_order)
+    over = sorted((c for c in found if c.state_bytes > limit), key=_order)
+    return Advice(fitting[0], _reason(fitting[0], fitting), (*fitting[1:], *over))
+
+
+def _arguments(
+    size: int,
+    ulysses: int,
+    algorithm: str = "",
+    window: int = 1,
+    kv_keep: str = "last",
+    pruned: bool = False,
+) -> dict[str, Any]:
+    plain = "ring" if ulysses == 1 else "ulysses" if ulysses == size else "usp"
+    return {
+        "algorithm": algorithm or plain,
+        "ulysses": ulysses,
+        "window": window,
+        "kv_keep": kv_keep,
+        "pruned": pruned,
+    }
+
+
+def _order(choice: Choice) -> tuple[float, int, str]:
+    return float(f"{choice.time.total_s:.3g}"), choice.sent_bytes, choice.name
+
+
+def _others(plan: AttnPlan) -> list[str]:
+    """Return what else may serve the nodes of a plain ring."""
+    if plan.nodes.size == 1:
+        return []
+    tiles = sum(bool(step.blocks) for steps in plan.forward.steps for step in steps)
+    return ["allgather_kv", *(["tasks"] if tiles < plan.nodes.size**2 else [])]
+
+
+def _windows(choice: Choice, size: int) -> Iterable[dict[str, Any]]:
+    given = choice.arguments
+    if given["algorithm"] not in ("ring", "usp"):
+        return []
+    legal = divisors(size // given["ulysses"])[1:-1]
+    return [{"ulysses": given["ulysses"], "window": w} for w in legal]
+
+
+def _policies(choice: Choice) -> Iterable[dict[str, Any]]:
+    given = choice.arguments
+    same = {k: given[k] for k in ("algorithm", "ulysses", "window")}
+    if given["algorithm"] == "ulysses":
+        return [{**same, "kv_keep": "pre"}]
+    keeps = [{**same, "kv_keep": keep} for keep in ("last", "k", "kv")]
+    if given["algorithm"] not in ("ring", "usp"):
+        return keeps[1:]
+    return [*keeps[1:], *({**more, "pruned": True} for more in keeps)]
+
+
+def _reason(choice: Choice, found: Iterable[Choice]) -> str:
+    """Say what the choice takes, and what each of its options and other algorithms would change."""
+    time = choice.time
+    text = (
+        f"{choice.name}: {time.total_s * 1e3:.3f} ms, {time.exposed_s * 1e3:.3f} ms of them"
+        " messages and collectives that no compute hides"
+    )
+    given = choice.arguments
+    for field, default in (("window", 1), ("kv_keep", "last"), ("pruned", False)):
+        without = {**given, field: default}
+        other = next((c for c in found if c.arguments == without), None)
+        if given[field] != default and other is not None:
+            text += f"; without {field} = {given[field]!r} {other.time.total_s * 1e3:.3f} ms"
+    best: dict[str, Choice] = {}
+    for other in sorted(found, key=_order):
+        best.setdefault(other.arguments["algorithm"], other)
+    for name, other in best.items():
+        if name != given["algorithm"]:
+            text += f"; the best of {name} {other.time.total_s * 1e3:.3f} ms"
+    return text + "."
