@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ms_parallel.context.build import plan_attention
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
-from ms_parallel.context.verify import PlanError, verify
+from ms_parallel.context.proof import PlanError, verify
 from support.plans import counts, random_arguments, random_plan
 
 HEADS = {"heads": (4, 2), "head_dims": (4, 4)}

@@ -13,9 +13,9 @@ from ms_parallel.context.build import plan_attention
 from ms_parallel.context.cost import transfer_bytes
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
+from ms_parallel.context.proof import verify
 from ms_parallel.context.tasks import assign_tasks
 from ms_parallel.context.tiles import Tiles, join_dense
-from ms_parallel.context.verify import verify
 from support.plans import random_documents, random_mask
 
 HEADS = {"heads": (4, 2), "head_dims": (4, 6)}

@@ -11,19 +11,25 @@ from typing import Any
 
 # Public name -> module that defines it; imported on first use.
 _PUBLIC: dict[str, str] = {
+    "Advice": "advice",
     "AttnMask": "mask",
     "AttnPlan": "plan",
     "CPTopology": "topology",
     "CommCost": "cost",
     "ContextAttention": "attention",
     "DenseMask": "mask",
+    "Estimate": "timing",
     "HeadPlan": "heads",
     "Ledger": "trace",
-    "PlanError": "verify",
+    "Link": "timing",
+    "Machine": "timing",
+    "PlanError": "proof",
     "SeqLayout": "layout",
     "Simulation": "simulate",
+    "advise": "advice",
     "check_trace": "trace",
     "context_attention": "attention",
+    "estimate": "timing",
     "head_to_seq": "exchange",
     "kv_head_plan": "heads",
     "optimize_layout": "adaptive",
@@ -33,6 +39,7 @@ _PUBLIC: dict[str, str] = {
     "plan_table": "show",
     "seq_to_head": "exchange",
     "simulate_attention": "simulate",
+    "verify": "proof",
 }
 
 __all__ = [*_PUBLIC]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .build import divisors, plan_attention
 from .cost import state_bytes
-from .estimate import Estimate, Machine, estimate
+from .timing import Estimate, Machine, estimate
 from .layout import SeqLayout
 from .mask import AttnMask
 from .plan import AttnPlan

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from .mask import band_cells
 from .plan import AttnPlan, Block, Program, Transfer
-from .verify_data import check_data, expect
+from .proof_data import check_data, expect
 
 
 class PlanError(AssertionError):

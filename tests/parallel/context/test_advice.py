@@ -2,12 +2,12 @@
 
 import pytest
 
-from ms_parallel.context.advise import advise
+from ms_parallel.context.advice import advise
 from ms_parallel.context.build import plan_attention
 from ms_parallel.context.cost import state_bytes
-from ms_parallel.context.estimate import Link, Machine, estimate
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
+from ms_parallel.context.timing import Link, Machine, estimate
 
 S, D, E = 256, 8, 2
 HEADS = (8, 2)
