@@ -11,6 +11,7 @@ from ms_ops import npu, registry, testing
 from ms_ops.matmul import portable
 from ms_ops.testing.npu import emulated_npu, recorded_schemas
 from ms_ops.testing.npu.matmul import TORCHS
+from support.comm_ranks import run_on_emulation
 from support.lines import function_lines, lines_run
 from support.npu_contract import forward_and_backward
 from support.npu_samples import all_samples
@@ -75,6 +76,10 @@ def check_refusals():
     scales = {**whole.kwargs, "per_token_scale": torch.ones(7).double()}
     whole = testing.Sample("fp64", whole.args, scales, ())
     assert "fp64" in testing.declines("quant_grouped_matmul", whole, "npu")
+    wide_bias = find("ffn", "wide_biases", torch.float16)
+    assert "no fp32 bias" in testing.declines("ffn", wide_bias, "npu")
+    on_device = ms_ops.Facts("cpu", torch.float16, (("groups_on", "npu"),))
+    assert "from the host" in registry.kernel("ffn", "npu").supports(on_device)
     assert "float64" in testing.declines("swiglu", find("swiglu", "dim0", torch.float64), "npu")
     thd = find("attention", "thd", torch.float32)
     slopes = {**thd.kwargs, "alibi_slopes": ms_ops.alibi_slopes(4)}
@@ -101,6 +106,7 @@ def ran():
                     leaves.append(where[place])
                 forward_and_backward(test.function, args, kwargs, leaves)
         check_odd_calls()
+        run_on_emulation()
         with pytest.MonkeyPatch.context() as monkeypatch:
             check_accumulation_without_atb(monkeypatch)
         check_refusals()

@@ -120,6 +120,14 @@ MUTANTS = {
         ("gradient and result swapped", "ms_ops.softmax.npu:backward",
          "dy.contiguous(), y,", "y, dy.contiguous(),", 1),
     ],
+    "ffn": [
+        ("ends for numbers of tokens", "ms_ops.matmul.npu_ffn:ffn",
+         "expert_tokens_index=", "expert_tokens=", 1),
+        ("first bias twice", "ms_ops.matmul.npu_ffn:ffn", "bias2=second", "bias2=first", 1),
+        ("bias not widened", "ms_ops.matmul.npu_ffn:_bias", "bias.float()", "bias", 1),
+        ("precision of gated layers", "ms_ops.matmul.npu_ffn:ffn",
+         "1 if activation", "0 if activation", 1),
+    ],
     "fused_adamw_": [
         ("penalty twice", "ms_ops.optim.npu:adamw",
          "weight_decay, maximize = 0.0", "_, maximize = 0.0", 1),
@@ -193,15 +201,20 @@ def small_samples(op, dtype):
             yield sample
 
 
-# Optimizers have no 16-bit form.
-DTYPES = {"fused_adamw_": torch.float32, "fused_ema_adamw_": torch.float32}
+# Optimizers have no 16-bit form; gated layers are fp16, biases change their dtype beside bf16.
+DTYPES = {
+    "ffn": (torch.float16, torch.bfloat16),
+    "fused_adamw_": (torch.float32,),
+    "fused_ema_adamw_": (torch.float32,),
+}
 WRONG = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def check(op):
-    for sample in small_samples(op, DTYPES.get(op, torch.bfloat16)):
-        testing.check_values(op, sample, "npu")
-        testing.check_fake(op, sample, "npu")
+    for dtype in DTYPES.get(op, (torch.bfloat16,)):
+        for sample in small_samples(op, dtype):
+            testing.check_values(op, sample, "npu")
+            testing.check_fake(op, sample, "npu")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = [op for op in testing.OPERATORS if "npu" in registry.backends(op)]
 # Kernels of 8-bit weights have no fp32 form, weights in training no other.
 NOT_IN = {
+    "ffn": {torch.float32},
     "fused_adamw_": {torch.bfloat16, torch.float16},
     "fused_ema_adamw_": {torch.bfloat16, torch.float16},
     "quant_grouped_matmul": {torch.float32},

@@ -6,6 +6,7 @@ y = act(x W1 + b1) W2 + b2, the activation rounded to x's dtype between the prod
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from ..activation import swiglu
 from ..checks import check_choice, check_float, check_same_dtype, check_tensor, fail
-from ..device import LOW_PRECISION, autocast_dtype, compute_dtype, upcast
+from ..device import LOW_PRECISION, autocast_dtype, common_device, compute_dtype, upcast
+from ..opdef import OpDef, define_op
+from ..registry import Facts
 from .grouped import Groups, grouped_matmul
+from .groups import ends_of
 
 OP = "ffn"
 
@@ -78,6 +82,37 @@ def ffn(
         ValueError: unknown activation, shapes that do not match, groups without experts.
         RuntimeError: tensors on different devices.
     """
+    args = prepare(
+        x,
+        weight1,
+        weight2,
+        activation,
+        offsets=offsets,
+        group_sizes=group_sizes,
+        bias1=bias1,
+        bias2=bias2,
+    )
+    # What is differentiated, compiled or cast by autocast is the operators that it is made of.
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if learns or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
+        return compose(*args)
+    y: Tensor = OPERATOR(*args)
+    return y
+
+
+def prepare(
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    *,
+    offsets: Groups = None,
+    group_sizes: Groups = None,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Check the arguments and return those of the custom op."""
     check_choice(OP, "activation", activation, (*PLAIN, *GATED))
     _check(x, weight1, weight2, activation in GATED)
     for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
@@ -85,11 +120,27 @@ def ffn(
     if (offsets is None and group_sizes is None) != (weight1.dim() == 2):
         need = "offsets or group_sizes with weights of three dimensions, else neither"
         fail(ValueError, OP, "weight1", f"{weight1.dim()} dimensions", need)
+    common_device(OP, x, weight1, weight2, bias1, bias2)
+    ends = None
+    if weight1.dim() == 3:
+        rows = x.shape[:-1].numel()
+        ends = ends_of(OP, rows, weight1.shape[0], offsets, group_sizes, x.device)
+    return x, weight1, weight2, activation, ends, bias1, bias2
+
+
+def compose(
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    ends: Tensor | None,
+    bias1: Tensor | None,
+    bias2: Tensor | None,
+) -> Tensor:
+    """Return the layer as products and an activation of their own."""
     rows = x.reshape(-1, x.shape[-1])
-    groups = (offsets, group_sizes)
-    hidden = _product(rows, weight1, bias1, groups)
-    hidden = (PLAIN | GATED)[activation](hidden)
-    out = _product(hidden, weight2, bias2, groups)
+    hidden = (PLAIN | GATED)[activation](_product(rows, weight1, bias1, ends))
+    out = _product(hidden, weight2, bias2, ends)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -123,14 +174,54 @@ def _check_bias(name: str, bias: Tensor | None, x: Tensor, shape: tuple[int, ...
         fail(ValueError, OP, name, tuple(bias.shape), f"{shape}")
 
 
-def _product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, groups: tuple[Groups, Groups]
-) -> Tensor:
-    if weight.dim() == 3:
-        ends, sizes = groups
-        return grouped_matmul(rows, weight, ends, group_sizes=sizes, bias=bias)
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor | None) -> Tensor:
+    if ends is not None:
+        return grouped_matmul(rows, weight, ends, bias=bias)
     if bias is None or autocast_dtype(rows.device.type) is not None:
         return rows @ weight if bias is None else rows @ weight + bias
     if bias.dtype == rows.dtype or rows.dtype not in LOW_PRECISION:
         return torch.addmm(bias, rows, weight)
     return (rows @ weight + bias).to(rows.dtype)
+
+
+def _facts(
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    ends: Tensor | None,
+    bias1: Tensor | None,
+    bias2: Tensor | None,
+) -> Facts:
+    options = (
+        ("activation", activation),
+        ("groups_on", None if ends is None else ends.device.type),
+        ("bias1", None if bias1 is None else bias1.dtype),
+        ("bias2", None if bias2 is None else bias2.dtype),
+    )
+    return Facts(x.device.type, x.dtype, options)
+
+
+def _fake(x: Tensor, weight1: Tensor, weight2: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight2.shape[-1]))
+
+
+def _flops(x: Tensor, weight1: Tensor, weight2: Tensor, *_: Any, **__: Any) -> int:
+    rows = int(x.shape[:-1].numel())
+    products = (int(w.shape[-2]) * int(w.shape[-1]) for w in (weight1, weight2))
+    return 2 * rows * sum(products)
+
+
+OPERATOR = define_op(
+    OpDef(
+        name=OP,
+        family=str(__package__),
+        prepare=prepare,
+        schema="(Tensor x, Tensor weight1, Tensor weight2, str activation, Tensor? ends,"
+        " Tensor? bias1, Tensor? bias2) -> Tensor",
+        facts=_facts,
+        fake=_fake,
+        flops=_flops,
+        opaque=True,
+    )
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import npu
 from ..registry import Backend, Facts, Kernel
-from . import npu_quant, portable
+from . import npu_ffn, npu_quant, portable
 from .npu_groups import ends_on, serves
 from .weight_quant import matrices
 
@@ -120,6 +120,7 @@ BACKEND = Backend(
         "matmul_add_": Kernel(add, supports=npu.declines),
         "grouped_matmul_add_": Kernel(grouped_add, supports=npu.declines),
         "grouped_matmul": Kernel(forward, backward, _supports),
+        "ffn": Kernel(npu_ffn.ffn, supports=npu_ffn.supports),
         "quant_grouped_matmul": Kernel(npu_quant.quant, supports=npu_quant.supports_quant),
         "weight_quant_grouped_matmul": Kernel(
             _weight_quant, _weight_quant_backward, npu_quant.supports_weight_quant

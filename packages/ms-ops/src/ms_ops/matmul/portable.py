@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..device import compute_dtype
 from ..registry import Backend, Kernel
+from .ffn import compose
 from .quant import activate
 from .weight_quant import matrices
 
@@ -178,6 +179,7 @@ BACKEND = Backend(
     {
         "matmul_add_": Kernel(add),
         "grouped_matmul_add_": Kernel(grouped_add),
+        "ffn": Kernel(compose),
         "grouped_matmul": Kernel(forward, backward),
         "quant_grouped_matmul": Kernel(quant),
         "weight_quant_grouped_matmul": Kernel(weight_quant, weight_quant_backward),

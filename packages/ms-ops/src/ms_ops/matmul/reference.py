@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..device import compute_dtype
 from ..registry import Backend, Kernel
+from .ffn import GATED, PLAIN
 from .quant import activate
 from .weight_quant import matrices
 
@@ -50,6 +51,25 @@ def backward(dy: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor
     ]
     shape = (0, first.shape[1], last.shape[1])
     return torch.cat([x.new_zeros(shape, dtype=dtype), *(p[None] for p in products)]).to(x.dtype)
+
+
+def ffn(
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    ends: Tensor | None,
+    bias1: Tensor | None,
+    bias2: Tensor | None,
+) -> Tensor:
+    """Return act(x W1 + b1) W2 + b2 of each group; the activation is rounded to x's dtype."""
+    rows, wide = x.reshape(-1, x.shape[-1]), compute_dtype(x.dtype)
+    ends = torch.tensor([rows.shape[0]]) if ends is None else ends
+    one, two = (w.reshape(-1, *w.shape[-2:]).to(wide) for w in (weight1, weight2))
+    b1, b2 = (None if b is None else b.reshape(-1, b.shape[-1]) for b in (bias1, bias2))
+    hidden = (PLAIN | GATED)[activation](forward(rows.to(wide), one, ends, b1, False))
+    out = forward(hidden.to(x.dtype).to(wide), two, ends, b2, False).to(x.dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def quant(
@@ -108,6 +128,7 @@ BACKEND = Backend(
     {
         "matmul_add_": Kernel(add),
         "grouped_matmul_add_": Kernel(grouped_add),
+        "ffn": Kernel(ffn),
         "grouped_matmul": Kernel(forward, backward),
         "quant_grouped_matmul": Kernel(quant),
         "weight_quant_grouped_matmul": Kernel(weight_quant, weight_quant_backward),

@@ -28,6 +28,8 @@ from .readings import Readings
 FAMILIES = (
     "activation",
     "attention",
+    "comm",
+    "ffn",
     "matmul",
     "merge",
     "moe",
