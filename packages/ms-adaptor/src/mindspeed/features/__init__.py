@@ -36,6 +36,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.ops.attention_window",
     "mindspeed.features.ops.cross_entropy",
     "mindspeed.features.ops.grouped_matmul",
+    "mindspeed.features.ops.latent_attention",
     "mindspeed.features.ops.moe_permute",
     "mindspeed.features.ops.optimizer",
     "mindspeed.features.ops.rms_norm",

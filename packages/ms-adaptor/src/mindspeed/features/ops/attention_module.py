@@ -30,8 +30,28 @@ class FusedAttention(DotProductAttention):
         alibi: the bias of ALiBi, None for a model with other positions.
     """
 
-    def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Build the module as Megatron's, which takes no sizes of latent attention's heads.
+
+        Args:
+            config: of the model.
+            *args: as Megatron's module takes them.
+            k_channels: channels of a query and key head; those of the configuration when None.
+            v_channels: channels of a value head likewise.
+            **options: as Megatron's module takes them.
+        """
         super().__init__(config, *args, **options)
+        if k_channels is not None and options.get("softmax_scale") is None:
+            self.softmax_scale *= (self.hidden_size_per_attention_head / k_channels) ** 0.5
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         found = getattr(config, "alibi", None)
         self.alibi = None if found is None else self._alibi_of_this_rank(found)
 
