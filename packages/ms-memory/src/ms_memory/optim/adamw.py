@@ -12,7 +12,7 @@ from ms_ops import fused_adamw_
 
 from ..errors import refuse
 from .bits import Rounding
-from .packed import BLOCK, PackedMaster, Slice
+from .packed import PackedMaster, Slice
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,7 +36,7 @@ class PackedAdamW(torch.optim.Optimizer):
         weight_decay: decoupled decay of the masters.
         rounding: "rna" or "rne", see `PackedMaster`.
         state_dtype: dtype of the moments between steps, fp32 or bf16 (then not bit-exact).
-        block: elements whose masters exist in fp32 at one time.
+        block: elements whose masters exist in fp32 at one time; None: what suits the device.
 
     Raises:
         MemoryFeatureError: E-M40, see `PackedMaster`; E-M42, a state dict without masters.
@@ -53,7 +53,7 @@ class PackedAdamW(torch.optim.Optimizer):
         *,
         rounding: Rounding = "rna",
         state_dtype: torch.dtype = torch.float32,
-        block: int = BLOCK,
+        block: int | None = None,
     ) -> None:
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
@@ -89,8 +89,8 @@ class PackedAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group, packed in zip(self.param_groups, self.packed, strict=True):
             for count, chosen in self._counted(group["params"]).items():
-                for pieces in packed.groups(chosen):
-                    self._update(group, packed, pieces, count)
+                for run in packed.runs(chosen):
+                    self._update(group, packed, run, count)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,13 +173,15 @@ class PackedAdamW(torch.optim.Optimizer):
         return together
 
     def _update(
-        self, group: dict[str, Any], packed: PackedMaster, pieces: list[Slice], count: float
+        self, group: dict[str, Any], packed: PackedMaster, run: list[Slice], count: float
     ) -> None:
-        params = group["params"]
-        masters = [packed.join(piece) for piece in pieces]
-        grads = [_part(_gradient(params[p.index]), p) for p in pieces]
+        params = [group["params"][piece.index] for piece in run]
+        joined = packed.join(run)
+        masters = list(joined.split([piece.numel for piece in run]))
+        grads = [_flat(_gradient(p), s).float() for p, s in zip(params, run, strict=True)]
         kept = {
-            name: [_flat(self.state[params[p.index]][name], p) for p in pieces] for name in _MOMENTS
+            name: [_flat(self.state[p][name], s) for p, s in zip(params, run, strict=True)]
+            for name in _MOMENTS
         }
         wide = {name: [t.float() for t in found] for name, found in kept.items()}
         beta1, beta2 = group["betas"]
@@ -188,19 +190,17 @@ class PackedAdamW(torch.optim.Optimizer):
             grads,
             wide["exp_avg"],
             wide["exp_avg_sq"],
-            torch.full((), count, dtype=torch.float32, device=masters[0].device),
+            torch.full((), count, dtype=torch.float32, device=joined.device),
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        for piece, master in zip(pieces, masters, strict=True):
-            packed.split_(piece, master)
+        packed.split_(run, joined)
         if self.state_dtype is not torch.float32:
             for name in _MOMENTS:
-                for narrow, moment in zip(kept[name], wide[name], strict=True):
-                    narrow.copy_(moment)
+                torch._foreach_copy_(kept[name], wide[name])
 
 
 def _gradient(p: Tensor) -> Tensor | None:
@@ -208,10 +208,6 @@ def _gradient(p: Tensor) -> Tensor | None:
     return p.grad if decoupled is None else decoupled
 
 
-def _part(grad: Tensor | None, piece: Slice) -> Tensor:
-    assert grad is not None
-    return _flat(grad, piece).float()
-
-
-def _flat(tensor: Tensor, piece: Slice) -> Tensor:
+def _flat(tensor: Tensor | None, piece: Slice) -> Tensor:
+    assert tensor is not None
     return tensor.detach().reshape(-1)[piece.start : piece.stop]
