@@ -162,3 +162,30 @@ def test_zigzag_computes_the_same_everywhere():
     costs = plan_of(8, (8, 2)).cost(E, B)
     assert len({c.cells for c in costs}) == 1
     assert costs[0].flops == costs[0].forward_flops + costs[0].backward_flops
+
+
+@pytest.mark.parametrize(("size", "left"), [(4, 5), (8, 8), (8, 12), (8, 20), (8, 25)])
+def test_a_window_costs_the_keys_it_reaches(size, left):
+    # Every node gets the `left` keys before its first query, whoever holds them, and no others.
+    plan = plan_attention(
+        SeqLayout.contiguous(8 * size, size), AttnMask.window(left), heads=(1, 1),
+        head_dims=(1, 1), pruned=True,
+    )  # fmt: skip
+    got = dict.fromkeys(range(size), 0)
+    for transfer in plan.forward.transfers:
+        got[transfer.dst] += sum(b.stop - b.start for b in transfer.buffers)
+    assert got == {node: min(left, 8 * node) for node in range(size)}
+    assert len(plan.forward.steps[0]) == 1 + min(size - 1, -(-left // 8))
+
+
+def test_documents_end_the_way_of_their_keys():
+    # Documents no longer than a shard: traffic is O(1) a node, whatever P.
+    for size in (4, 8, 16):
+        total = 16 * size
+        documents = (0, *range(8, total, 16), total)
+        given = {"heads": (1, 1), "head_dims": (1, 1), "grad_bytes": E}
+        layout, mask = SeqLayout.contiguous(total, size), AttnMask.causal(documents)
+        for arguments in ({"pruned": True}, {"algorithm": "tasks"}):
+            plan = plan_attention(layout, mask, **given, **arguments)
+            assert {c.forward_bytes for c in plan.cost(E)} == {8 * 2 * E, 0}
+            assert len(plan.forward.steps[0]) <= 3
