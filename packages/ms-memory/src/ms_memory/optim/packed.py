@@ -17,6 +17,9 @@ from .bits import ROUNDINGS, Rounding, join, split_
 # accelerator busy.
 BLOCKS = {"cpu": 1 << 20}
 BLOCK = 1 << 24
+# Parameters are cut at multiples of this, so that kernels treat the same elements as a vector's
+# tail whatever the block: the bits of a step do not depend on it.
+ALIGN = 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class PackedMaster:
     Raises:
         MemoryFeatureError: E-M40, a parameter that is not bf16, not contiguous or on another
             device, or that shares memory with another.
-        ValueError: an unknown rounding, or a block below 1.
+        ValueError: an unknown rounding, or a block below 64.
     """
 
     def __init__(
@@ -62,8 +65,8 @@ class PackedMaster:
     ) -> None:
         if rounding not in ROUNDINGS:
             raise ValueError(f"PackedMaster: rounding: got {rounding!r}, need one of {ROUNDINGS}")
-        if block is not None and block < 1:
-            raise ValueError(f"PackedMaster: block: got {block}, need at least 1")
+        if block is not None and block < ALIGN:
+            raise ValueError(f"PackedMaster: block: got {block}, need at least {ALIGN}")
         self.params = list(params)
         self.rounding = rounding
         device = self.params[0].device if self.params else torch.device("cpu")
@@ -87,15 +90,17 @@ class PackedMaster:
         run: list[Slice] = []
         room = self.block
         for index in range(len(self.params)) if chosen is None else chosen:
-            start = 0
-            while start < self.params[index].numel():
-                if run and (room == 0 or run[-1].index < index - 1):
+            start, numel = 0, self.params[index].numel()
+            while start < numel:
+                size = min(numel - start, room)
+                size -= size % ALIGN if start + size < numel else 0
+                if run and (size == 0 or run[-1].index < index - 1):
                     yield run
                     run, room = [], self.block
-                stop = min(self.params[index].numel(), start + room)
-                run.append(Slice(index, start, stop))
-                room -= stop - start
-                start = stop
+                    continue
+                run.append(Slice(index, start, start + size))
+                room -= size
+                start += size
         if run:
             yield run
 
