@@ -66,6 +66,19 @@ def test_the_mask_is_a_function_of_place_and_seed():
     assert (drawn(0.2, rng) | ~mask).all()
 
 
+def test_ranks_with_other_rows_need_offsets_of_their_own():
+    # Four ranks that hold a quarter of the rows each, as in sequence parallelism.
+    rng, shape, p = torch.tensor([11, 5]), (64, 70), 0.5
+    same = [drawn(p, rng, shape) for _ in range(4)]
+    assert all(torch.equal(same[0], mask) for mask in same[1:])
+    own = [drawn(p, rng + torch.tensor([0, rank]), shape) for rank in range(4)]
+    for i, first in enumerate(own):
+        for second in own[i + 1 :]:
+            # Independent masks agree in half of the places, give or take.
+            agree = (first == second).double().mean().item()
+            assert abs(agree - 0.5) <= 5 * 0.5 / (64 * 70) ** 0.5
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 def test_as_much_is_dropped_as_asked(p):
     kept = drawn(p, torch.tensor([1, 1]), (100, 100)).double().mean().item()
