@@ -39,6 +39,13 @@ def added():
         ms_ops.unregister_backend("rms_norm", name)
 
 
+@pytest.fixture
+def exact():
+    """Turn torch's demand for equal runs on, strictly or with warnings."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
 def chosen():
     facts = norm.OPERATOR.definition.facts(*norm.prepare(X, W))
     return registry.choose("rms_norm", facts)
@@ -179,3 +186,24 @@ def test_a_backend_is_one_added_file(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["npu"]
+
+
+def test_kernels_whose_runs_differ_are_passed_over_on_demand(added, exact):
+    loose = ms_ops.Kernel(reference.forward, reference.backward, deterministic=False)
+    added("fast", 5)
+    ms_ops.register_backend("rms_norm", ms_ops.Backend("fast", 5, {"rms_norm": loose}))
+    assert chosen() == "fast"
+    exact(True)
+    assert chosen() == "portable"
+    assert "fast (priority 5): two runs may differ" in ms_ops.explain("rms_norm", X, W)
+    with (
+        ms_ops.backend(rms_norm="fast"),
+        pytest.raises(ms_ops.BackendError, match="use_deterministic_algorithms is on"),
+    ):
+        ms_ops.rms_norm(X, W)
+    exact(True, warn_only=True)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"ms::rms_norm\[fast\] does not have a determ"):
+            assert chosen() == "fast"
+    exact(False)
+    assert chosen() == "fast"

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class Kernel:
     """Forward and backward of one operator in one backend; None where there is no derivative.
 
     `supports(facts)` returns None when the kernel can serve the call, else the reason.
+    `deterministic` says that two runs of a call give the same bits, or that torch's own operators
+    see to it: under `torch.use_deterministic_algorithms(True)` other kernels are not chosen, with
+    `warn_only` they are, with a warning.
     """
 
     forward: Callable[..., Any]
@@ -143,11 +147,15 @@ def choose(op: str, facts: Facts) -> str:
     Raises:
         BackendError: the backend that was asked for cannot serve, with its reason.
     """
-    request = _request(op)
+    request = (*_request(op), _exact())
     key = (op, facts, request)
     name = _choices.get(key)
     if name is None:
-        name = _choices[key] = _decide(op, facts, *request)
+        name = _choices[key] = _decide(op, facts, *request[:2])
+    if request[2] == "warn" and not kernel(op, name).deterministic:
+        # Worded as torch does, so that who collects torch's warnings sees it.
+        what = f"ms::{op}[{name}] does not have a deterministic implementation"
+        warnings.warn(f"{what}, two runs may differ", stacklevel=2)
     return name
 
 
@@ -249,8 +257,18 @@ def _request(op: str) -> tuple[str | None, frozenset[str]]:
     return None, refused
 
 
+def _exact() -> str:
+    """Return what torch is told of algorithms whose results vary: "", "warn" or "error"."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return ""
+    return "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else "error"
+
+
 def _verdict(op: str, candidate: Backend, facts: Facts) -> Verdict:
-    reason = candidate.available() or candidate.kernels[op].supports(facts)
+    found = candidate.kernels[op]
+    reason = candidate.available() or found.supports(facts)
+    if reason is None and not found.deterministic and _exact() == "error":
+        reason = "two runs may differ, and torch.use_deterministic_algorithms is on"
     return Verdict(candidate.name, candidate.priority, reason)
 
 
