@@ -1,13 +1,16 @@
 """Plans as text, as plain data and as digests."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import torch
 
 from ms_parallel.context.build import plan_attention
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
+from ms_parallel.context.picture import plan_svg
 from support.plans import random_plan
 
 TABLE = """\
@@ -71,3 +74,17 @@ def test_digests_name_the_field_that_differs():
     assert differ == {"kv_keep"}
     masks = [AttnMask.from_matrix(torch.full((16, 16), value)) for value in (True, False)]
     assert small(masks[0]).digests["mask"] != small(masks[1]).digests["mask"]
+
+
+def test_the_picture_shows_every_block_and_message():
+    for seed in range(12):
+        plan = random_plan(seed)
+        for direction in ("forward", "backward"):
+            root = ElementTree.fromstring(plan_svg(plan, direction))
+            tags = Counter(element.tag.rpartition("}")[2] for element in root.iter())
+            program = getattr(plan, direction)
+            blocks = [b for steps in program.steps for step in steps for b in step.blocks]
+            bars = plan.nodes.size * len(program.steps[0])
+            assert tags["polygon"] == sum(b.kind == "causal" for b in blocks)
+            assert tags["rect"] == len(blocks) - tags["polygon"] + bars + 2
+            assert tags["path"] == len(program.transfers) + 1

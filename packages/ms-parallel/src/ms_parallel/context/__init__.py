@@ -36,6 +36,7 @@ _PUBLIC: dict[str, str] = {
     "plan_attention": "build",
     "plan_dict": "show",
     "plan_digests": "show",
+    "plan_svg": "picture",
     "plan_table": "show",
     "seq_to_head": "exchange",
     "simulate_attention": "simulate",
