@@ -79,7 +79,7 @@ def test_plan_takes_the_level_from_megatrons_arguments(capsys):
         (["plan", "--", "--no-such-flag"], 2, "unknown flag --no-such-flag"),
         (["plan", "--", "--num-layer", "4"], 2, "did you mean '--num-layers'"),
         (["plan", "--", "--swap-attention"], 2, "planned but not built yet"),
-        (["plan", "--", "--shape-order", "BSH"], 2, "is not supported"),
+        (["plan", "--", "--jit-compile"], 2, "is not supported"),
         (["plan", "--", "stray"], 2, "belong to no flag: stray"),
         (["plan", "--num-layers", "4"], 2, "unrecognized arguments"),
         (["plan", "--megatron", "/nowhere"], 2, "no megatron/ package there"),

@@ -63,7 +63,8 @@ def test_defaults_are_the_demonstration_job():
     [
         ("--num-layrs 3", "unknown flag --num-layrs; did you mean '--num-layers'"),
         ("--use-nanopipe", "planned"),
-        ("--shape-order SBH", "not supported"),
+        ("--jit-compile", "not supported"),
+        ("--attention-mask-type general --nproc 1", "this command's have none"),
         ("--num-layers many", "--num-layers: invalid int value"),
         ("--normalization Batch", "invalid choice"),
         ("--nproc 0", "--nproc must be at least 1"),

@@ -173,6 +173,10 @@ def _combinations(config: TrainConfig) -> Iterator[str]:
     rules = (
         (config.precision.bf16 and config.precision.fp16, "--bf16 and --fp16 exclude each other"),
         (
+            dict(config.feature_flags).get("attention_mask_type") == "general",
+            "--attention-mask-type general needs masks in the batches, and this command's have none",
+        ),
+        (
             parallel.context_parallel_size > 1,
             "--context-parallel-size above 1 needs a context-parallel attention, "
             "which no installed level provides",

@@ -85,6 +85,8 @@ DEFAULTS = {
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "no_persist_layer_norm": True,
+    # Local attention makes the triangle itself, once; a mask in every batch is S^2 bytes of it.
+    "create_attention_mask_in_dataloader": False,
 }
 
 
@@ -111,11 +113,19 @@ def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate(args: Any, *rest: Any, **defaults: Any) -> Any:
         import mindspeed
 
+        _keep_needed_masks(args)
         result = original(args, *rest, **defaults)
         mindspeed.activate(args if result is None else result)
         return result
 
     return validate
+
+
+def _keep_needed_masks(args: Any) -> None:
+    """Let the data loader make masks where they say more than the triangle."""
+    general = getattr(args, "attention_mask_type", "causal") == "general"
+    if general or getattr(args, "reset_attention_mask", False):
+        args.create_attention_mask_in_dataloader = True
 
 
 def wrap_check_checkpoint(original: Callable[..., None]) -> Callable[..., None]:

@@ -73,7 +73,7 @@ class FusedAttention(DotProductAttention):
             value: [s, b, groups, dv].
             attention_mask: bool, broadcasts to [b, heads, sq, sk], True where a query must NOT
                 attend; None for the mask that the module was built for. Not read beside a window,
-                as in Megatron.
+                as in Megatron, unless the configuration says `masks_beside_windows`.
             attn_mask_type: not read, as in Megatron: the module's own type counts.
             attention_bias: broadcasts to [b, heads, sq, sk], added to the scaled scores.
             packed_seq_params: starts of packed sequences (format "thd"); query, key and value are
@@ -169,6 +169,9 @@ class FusedAttention(DotProductAttention):
         """Return the mask of a call that is not packed."""
         rows, columns = query.shape[0], key.shape[0]
         window = self._window_spec()
+        both = getattr(self.config, "masks_beside_windows", False) and attention_mask is not None
+        if window is not None and both:
+            return {"mask": ~attention_mask, "window": (window.left, window.right)}  # type: ignore[operator]
         if window is not None:
             return {"mask": window}
         if attention_mask is None:

@@ -25,6 +25,14 @@ FEATURE = Feature(
             suggestion="Give --sparse-mode 4 for a band, or leave the tokens out.",
         ),
         Rule(
+            kind="requires",
+            left="attention_mask_type == 'general'",
+            right="create_attention_mask_in_dataloader",
+            text="--attention-mask-type general is about the masks that come with the batches, and"
+            " the data loader makes none",
+            suggestion="Leave --no-create-attention-mask-in-dataloader out.",
+        ),
+        Rule(
             kind="forbids",
             left="window_size",
             right=f"sparse_mode == 4 or {_GIVEN}",
@@ -60,7 +68,10 @@ def window(values: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the configuration that Megatron-LM makes from its arguments the window."""
+    """Give the configuration that Megatron-LM makes from its arguments the window.
+
+    With general masks it also gets the attribute `masks_beside_windows`.
+    """
 
     @functools.wraps(original)
     def build(args: Any, *rest: Any, **options: Any) -> Any:
@@ -68,6 +79,8 @@ def wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
         found = window(vars(args))
         if found is not None:
             config.window_size = found
+        if getattr(args, "attention_mask_type", "causal") == "general":
+            config.masks_beside_windows = True
         return config
 
     return build
