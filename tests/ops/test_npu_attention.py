@@ -31,6 +31,7 @@ EXPECTED = {
     "upper_band": ("", 1, 1),
     "prefix": ("", 6, 1),
     "alibi": ("_v2", 3, 2),
+    "alibi_behind": ("_v2", 0, 2),
     "alibi_sqrt": ("_v2", 0, 3),
     "unscaled_bias": ("_v2", 0, 0),
     "scaled_bias": ("", 0, 1),

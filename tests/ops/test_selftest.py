@@ -8,6 +8,8 @@ import ms_ops
 from ms_ops import selftest
 from ms_ops.activation import reference
 
+MAPS = "moe_permute_map: weights, choices, capacity"
+
 
 def printed(capsys):
     return json.loads(capsys.readouterr().out)
@@ -33,7 +35,14 @@ def test_npu_on_the_emulation_with_answers(capsys):
     rows = report["answers"]["attention: rows without keys"]["inner_precise=2"]
     assert rows == {"maximum": "-inf", "sum": 0.0, "output_is_zero": True}
     assert report["answers"]["rope: backward without x"] == {"same_without_x": True}
-    assert report["answers"]["grouped_matmul_add_: accumulation"]["largest_error"] < 1e-4
+    answers = report["answers"]
+    assert answers["grouped_matmul_add_: accumulation"]["largest_error"] < 1e-4
+    assert answers["matmul_add_: torch's product into fp32"]["relative_error"] < 1e-6
+    assert answers["attention_merge: lengths of a pack"]["TND, ends"] is True
+    assert answers["moe_permute: dtypes and choices"]["choices"] == {"65536": True, "1048576": True}
+    assert "need 2 experts" in answers[MAPS]["unequal choices are right"]
+    failed = [name for name, found in answers.items() if "Error" in str(found)[:30]]
+    assert failed == []
 
 
 def test_a_wrong_kernel_is_reported(capsys):

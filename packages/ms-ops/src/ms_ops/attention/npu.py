@@ -6,8 +6,9 @@ valid for the kernel's backward, so (lse, 1) is what it gets, whichever backend 
 
 A sink is a factor on output and log-sum-exp, and what rows without any key give is written by us:
 the documents leave both open. Not served here: dropout (ours is a function of the place, the
-kernel's of its stream), ALiBi in packs. What the kernel refuses within a served call runs in the
-written-out form: ALiBi with other than equal lengths, a pack with queries that see no key.
+kernel's of its stream; forward takes a mask, its gradient does not), ALiBi in packs. What the
+kernel refuses within a served call runs in the written-out form: ALiBi with other than equal
+lengths, a pack with queries that see no key.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def _position(call: Call, q: Tensor, k: Tensor) -> tuple[str, dict[str, Any]] | 
     if call.slopes is not None:
         if call.bias is not None or rows != keys:
             return None
-        starts = {"q_start_idx": [0], "kv_start_idx": [call.slope_shift]}
+        shift = call.slope_shift
+        starts = {"q_start_idx": [max(0, -shift)], "kv_start_idx": [max(0, shift)]}
         kind = 3 if call.root else 2
         return "_v2", {"pse": call.slopes.float().contiguous(), "pse_type": kind, **starts}
     assert call.bias is not None

@@ -84,7 +84,41 @@ def grouped_add(device: str) -> dict[str, Any]:
     torch.ops.npu.npu_grouped_matmul_add_(total, x, dy, ends)
     wide = x.double().cpu(), dy.double().cpu()
     truth = torch.stack([wide[0][a:b].t() @ wide[1][a:b] + 1 for a, b in ((0, 3), (3, 3), (3, 8))])
-    return {"largest_error": _number((total.double().cpu() - truth).abs().max())}
+    error = _number((total.double().cpu() - truth).abs().max())
+    return {"largest_error": error, "seconds": _grouped_seconds(device)}
+
+
+def _grouped_seconds(device: str) -> dict[str, float]:
+    """Time of the accumulation, and of a grouped product that is added after."""
+    rows, groups, width = 1024, 8, 256
+    x, dy = (_noise(device, rows, width).roll(i, 0).bfloat16() for i in (0, 1))
+    total = torch.zeros(groups, width, width, device=device)
+    ends = torch.arange(1, groups + 1, device=device) * (rows // groups)
+
+    def product() -> Tensor:
+        run = torch.ops.npu.npu_grouped_matmul
+        weights = run([x.t()], [dy], group_list=ends, split_item=3, group_type=2)[0]
+        return total.add_(weights)
+
+    calls = {
+        "in place": lambda: torch.ops.npu.npu_grouped_matmul_add_(total, x, dy, ends),
+        "product and sum": product,
+    }
+    return {name: _seconds(call, total[0]) for name, call in calls.items()}
+
+
+def masked_softmax(device: str) -> dict[str, Any]:
+    """What the softmax puts into a row that is all masked, and whether it takes sizes by 16."""
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool, device=device)
+    mask[0, 0, 0] = True
+    run, x = torch.ops.npu.npu_scaled_masked_softmax, _noise(device, 1, 1, 32, 32)
+    row = run(x, mask, 1.0, False)[0, 0, 0]
+
+    def sixteens() -> bool:
+        y = run(x[..., :16].contiguous(), mask[..., :16].contiguous(), 1.0, False)
+        return bool(torch.allclose(y[0, 0, 1], torch.softmax(x[0, 0, 1, :16], -1), atol=1e-5))
+
+    return {"masked row": _number(row[0]), "rows of 16 are right": _tried(sixteens)}
 
 
 def wide_product(device: str) -> dict[str, Any]:
@@ -121,7 +155,20 @@ def permute_dtypes(device: str) -> dict[str, Any]:
         tokens = _noise(device, 2, 16, dtype=dtype)
         permuted = torch.ops.npu.npu_moe_token_permute(tokens, indices, 4, False)[0]
         result[str(dtype).removeprefix("torch.")] = torch.equal(permuted[0], tokens[0])
-    return result
+    return {**result, "choices": {str(n): _tried(partial(_permutes, device, n)) for n in CHOICES}}
+
+
+def _permutes(device: str, choices: int) -> bool:
+    """Whether a permutation of so many choices, eight a token, is right."""
+    tokens = torch.arange(choices // 8, device=device).unsqueeze(1).expand(-1, 16).float()
+    indices = torch.arange(choices, device=device).view(-1, 8).flip(0) % 64
+    rows = torch.ops.npu.npu_moe_token_permute(tokens.contiguous(), indices, choices, False)[0]
+    return torch.equal(rows[:, 0].long(), indices.view(-1).argsort(stable=True) // 8)
+
+
+def deterministic_groups(device: str) -> str:
+    """Whether HCCL reads HCCL_DETERMINISTIC after a group was made."""
+    return "not asked: it takes a group of two devices"
 
 
 def merge_ends(device: str) -> dict[str, Any]:
@@ -203,14 +250,17 @@ def _number(x: Tensor) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-PROBES: dict[str, Callable[[str], dict[str, Any]]] = {
+CHOICES = (2**16, 2**20)
+PROBES: dict[str, Callable[[str], Any]] = {
     "attention: rows without keys": empty_rows,
     "attention: maximum of a row": row_maximum,
     "attention_merge: lengths of a pack": merge_ends,
     "rope: backward without x": rope_backward_without_x,
     "swiglu: fp16": swiglu_half,
+    "scaled_masked_softmax: masked rows and sizes": masked_softmax,
     "grouped_matmul_add_: accumulation": grouped_add,
     "matmul_add_: torch's product into fp32": wide_product,
-    "moe_permute: dtypes": permute_dtypes,
+    "moe_permute: dtypes and choices": permute_dtypes,
     "moe_permute_map: weights, choices, capacity": routing_maps,
+    "hccl: order of reduction": deterministic_groups,
 }
