@@ -136,7 +136,8 @@ def _backward(schedule: Schedule, ring: Ring, piece: Piece, keep: Keep) -> None:
         if keep == "kv" and target != stops[1]:
             continue
         key: Literal["", "v"] = "v" if keep == "k" and target != stops[1] else ""
-        post = ring.start(source, target, level)
+        # Home at once: one node may be the last of many, and the owner has room for its own.
+        post = source if target == last else ring.start(source, target, level)
         hop = Hop(node[source], node[target], post, target, piece.buffer("kv"), level, key)
         schedule.hops.append(hop)
         until[source] = max(until[source], target - 1)
@@ -145,8 +146,8 @@ def _backward(schedule: Schedule, ring: Ring, piece: Piece, keep: Keep) -> None:
     for a, b in pairwise(stops):
         inner: Level = "inner" if a // ring.window == b // ring.window else "outer"
         level = "ring" if ring.window == 1 else inner
-        post, sums = max(a + 1, b - 1), piece.buffer("dkv")
-        schedule.hops.append(Hop(node[a], node[b], post, b, sums, level, after=True))
+        sums = piece.buffer("dkv")
+        schedule.hops.append(Hop(node[a], node[b], a + 1, b, sums, level, after=True))
         schedule.free[node[a], b].append(sums)
 
 
