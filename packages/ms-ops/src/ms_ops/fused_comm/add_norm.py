@@ -207,7 +207,7 @@ def _backward_facts(
     transposed: bool,
     with_bias: bool,
 ) -> Facts:
-    return _facts(dy, dy, y, gamma, None, 0.0, transposed, "", 1)
+    return _facts(dy, dy, y, gamma, None, 0.0, transposed, "", 0)
 
 
 def _fake(x: Tensor, weight: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,12 @@ Pending = Callable[[], Tensor]
 _ops = torch.ops._c10d_functional
 
 
-def _there(x: Tensor) -> Tensor:
+def there(x: Tensor) -> Pending:
+    """Return what `start_*` returns, for a tensor that nobody waits for."""
+    return partial(_same, x)
+
+
+def _same(x: Tensor) -> Tensor:
     return x
 
 
@@ -36,9 +41,9 @@ def sum_ranks(x: Tensor, group: str) -> Tensor:
 def start_gather(x: Tensor, group: str, size: int) -> Pending:
     """Begin to stack all ranks' rows: [size * rows, ...]."""
     if not group:
-        return partial(_there, x)
+        return there(x)
     if not x.numel():
-        return partial(_there, x.new_empty((x.shape[0] * size, *x.shape[1:])))
+        return there(x.new_empty((x.shape[0] * size, *x.shape[1:])))
     y = _ops.all_gather_into_tensor(x.contiguous(), size, group)
     return partial(_ops.wait_tensor, y)
 
@@ -46,9 +51,9 @@ def start_gather(x: Tensor, group: str, size: int) -> Pending:
 def start_scatter(x: Tensor, group: str, size: int) -> Pending:
     """Begin to sum over the ranks and keep the own part of the rows: [rows / size, ...]."""
     if not group:
-        return partial(_there, x)
+        return there(x)
     if not x.numel():
-        return partial(_there, x.new_empty((x.shape[0] // size, *x.shape[1:])))
+        return there(x.new_empty((x.shape[0] // size, *x.shape[1:])))
     y = _ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
     return partial(_ops.wait_tensor, y)
 

@@ -150,14 +150,12 @@ def grouped_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
-    dx = dweight = dbias = dy.new_empty(0)
+    dx = dweight = dy.new_empty(0)
     if weight is not None:
         dx = groups.forward(dy, weight, offsets, None, not transposed)
     if x is not None:
         dweight = groups.backward(dy, x, offsets, transposed)
-    if with_bias:
-        dbias = sum_groups(dy, offsets)
-    return dx, dweight, dbias.to(compute_dtype(dy.dtype))
+    return dx, dweight, group_sums(dy, offsets, with_bias)
 
 
 def dispatch(
@@ -303,6 +301,13 @@ def add_group_bias(y: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     places = torch.arange(y.shape[0], device=y.device, dtype=offsets.dtype)
     group = torch.searchsorted(offsets.to(y.device), places, right=True)
     return (y + bias[group]).to(y.dtype)
+
+
+def group_sums(dy: Tensor, offsets: Tensor, wanted: bool) -> Tensor:
+    """Return the sum over each group's rows in the compute dtype."""
+    if wanted:
+        return sum_groups(dy, offsets)
+    return dy.new_empty(0, dtype=compute_dtype(dy.dtype))
 
 
 def linear_backward(

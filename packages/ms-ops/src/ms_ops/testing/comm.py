@@ -117,11 +117,11 @@ def check_fake_rank(
     where = f"{test.name}[{backend}] {sample.name}, rank {rank}"
     with ms_ops.backend(**{test.name: backend}):
         with _Returned() as real:
-            _forward_and_backward(test, sample.ranks[rank], sample.options, groups)
+            forward_and_backward(test, sample.ranks[rank], sample.options, groups)
         with FakeTensorMode() as mode, _Returned() as fake:
             given = sample.ranks[rank].items()
             fakes = {k: t if t is None else mode.from_tensor(t) for k, t in given}
-            _forward_and_backward(test, fakes, sample.options, groups)
+            forward_and_backward(test, fakes, sample.options, groups)
     for (name, mine), (_, other) in zip(real.tensors, fake.tensors, strict=True):
         for what in ("shape", "dtype", "device"):
             got, need = getattr(mine, what), getattr(other, what)
@@ -130,9 +130,10 @@ def check_fake_rank(
             assert tensor.is_contiguous(), f"{where}: {name} is not contiguous"
 
 
-def _forward_and_backward(
+def forward_and_backward(
     test: CommTest, given: Arguments, options: Mapping[str, Any], groups: Sequence[ProcessGroup]
 ) -> None:
+    """Make one rank's call, and run its backward."""
     leaves, run = _leaves(test, given)
     outputs = _tuple(test.function(**run, **_named(test, groups), **options))
     if leaves:

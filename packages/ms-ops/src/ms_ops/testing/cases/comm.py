@@ -34,11 +34,13 @@ def _reduce_samples(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[C
     make, world = maker(dtype, device), sizes[0] * sizes[1]
     rows = 4 * world
 
-    def ranks(shape: tuple[int, ...], transpose: bool, bias: Tensor | None) -> tuple[Any, ...]:
+    def ranks(
+        shape: tuple[int, ...], transpose: bool, bias: Tensor | None, n: int = 6, least: int = 5
+    ) -> tuple[Any, ...]:
         made = []
         for rank in range(world):
-            k = 5 + 2 * rank
-            b = make(6, k) if transpose else make(k, 6)
+            k = least + 2 * rank
+            b = make(n, k) if transpose else make(k, n)
             made.append({"a": make(*shape, k), "b": b, "bias": bias})
         return tuple(made)
 
@@ -48,6 +50,10 @@ def _reduce_samples(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[C
     yield CommSample("leading_transposed", leading, {"transpose_b": True})
     turned = tuple({**r, "b": _strided(r["b"])} for r in ranks((rows,), False, None))
     yield CommSample("strided_b", turned)
+    # NPU kernels take inner dimensions from 256: here one rank's is, the others' are above.
+    yield CommSample("around_256", ranks((world,), True, None, 3, 255), {"transpose_b": True})
+    wide = ranks((world,), False, make(256), 257, 257)
+    yield CommSample("wide_sliced_b", tuple({**r, "b": r["b"][:, 1:]} for r in wide))
     yield CommSample("no_rows", ranks((0,), False, make(6)))
 
 
@@ -56,15 +62,17 @@ def _gather_samples(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[C
     make = maker(dtype, device)
     inner, outer = sizes
 
-    def ranks(shape: tuple[int, ...], transpose: bool, bias: bool = True) -> tuple[Any, ...]:
+    def ranks(
+        shape: tuple[int, ...], transpose: bool, bias: bool = True, k: int = 9
+    ) -> tuple[Any, ...]:
         made: list[dict[str, Any]] = []
         for rank in _all(sizes):
             # All ranks of the outer group sum results of one shape, and add one bias. The first
             # matrix is square: what is transposed cannot be told from its shape.
             n = 9 + rank % inner
-            b = make(n, 9) if transpose else make(9, n)
+            b = make(n, k) if transpose else make(k, n)
             same = made[rank % inner]["bias"] if rank >= inner else make(n) if bias else None
-            made.append({"a": make(*shape, 9), "b": b, "bias": same})
+            made.append({"a": make(*shape, k), "b": b, "bias": same})
         return tuple(made)
 
     rows = 8 * outer
@@ -73,6 +81,8 @@ def _gather_samples(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[C
     leading = tuple({**r, "a": _strided(r["a"])} for r in leading)
     yield CommSample("leading_transposed", leading, {"transpose_b": True})
     yield CommSample("saved", ranks((rows,), False, False), {"save_gathered": True})
+    yield CommSample("wide", ranks((outer,), False, k=256), {"return_gathered": True})
+    yield CommSample("wide_again", ranks((outer,), True, k=257), {"transpose_b": True})
     yield CommSample("no_rows", ranks((0,), False), {"return_gathered": True})
 
 
