@@ -29,6 +29,8 @@ _PUBLIC: dict[str, str] = {
     "advise": "advice",
     "check_trace": "trace",
     "context_attention": "attention",
+    "documents_from_positions": "documents",
+    "documents_from_tokens": "documents",
     "estimate": "timing",
     "head_to_seq": "exchange",
     "kv_head_plan": "heads",
@@ -39,6 +41,7 @@ _PUBLIC: dict[str, str] = {
     "plan_svg": "picture",
     "plan_table": "show",
     "seq_to_head": "exchange",
+    "shard_batch": "documents",
     "simulate_attention": "simulate",
     "verify": "proof",
 }
