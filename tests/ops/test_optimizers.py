@@ -185,6 +185,16 @@ def test_averages_in_place_of_the_weights_and_back():
         optimizer.copy_to(low[:1])
 
 
+def test_averages_start_again_at_the_weights():
+    params = parameters()
+    optimizer = ms_ops.FusedEmaAdamW(params, **RATES)
+    train(optimizer, params, 3)
+    optimizer.restart()
+    assert equal(emas_of(optimizer, params), params)
+    train(optimizer, params, 1, 3)
+    assert optimizer.decay(optimizer.param_groups[0]) == 2 / 11
+
+
 def test_a_parameter_that_never_moved_is_its_own_average():
     params = parameters()
     optimizer = ms_ops.FusedEmaAdamW(params)

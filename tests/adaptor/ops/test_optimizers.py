@@ -190,6 +190,10 @@ def exchange(options, selection, folder):
         follow_torch(trainer, 2)
         trainer.save(f"{folder}/one")
         one = states(trainer, *names)
+    with opened(options, "fused_ema_adamw") as trainer:
+        trainer.load(f"{folder}/one")
+        same(states(trainer, *names), one)
+        check_averages_start_at_the_weights(trainer)
     with opened(options, "") as trainer:
         trainer.load(f"{folder}/one")
         same(states(trainer, *names), one)
@@ -285,17 +289,25 @@ def check_formats(rank, world_size, folder):
         known = formats()
         for form in known:
             stored(f"{folder}/{form}", form)
-        for number, mutant in enumerate((AVERAGES_LOST, PADDING_COUNTED)):
-            with mutant.applied():
-                stored(f"{folder}/{number}", known[0])
+        faulty = {"dp_zero_gather_scatter": AVERAGES_LOST, "fully_reshardable": PADDING_COUNTED}
+        for form in faulty.keys() & set(known):
+            with faulty[form].applied():
+                stored(f"{folder}/faulty_{form}", form)
             with pytest.raises(AssertionError):
-                loaded(f"{folder}/{number}", known[0])
+                loaded(f"{folder}/faulty_{form}", form)
         for form in known:
             loaded(f"{folder}/{form}", form)
         with WARM_UP_LOST.applied(), pytest.raises(AssertionError):
             loaded(f"{folder}/{known[0]}", known[0])
         loaded(f"{folder}/{known[0]}", known[0])
         check_plain_files(trainer, f"{folder}/states.pt", kept)
+
+
+def check_averages_start_at_the_weights(trainer):
+    for part in parts(trainer):
+        for group in part.optimizer.param_groups:
+            for p in group["params"]:
+                assert torch.equal(part.optimizer.state[p]["ema_params"], p)
 
 
 def check_plain_files(trainer, path, kept):
@@ -314,11 +326,10 @@ def check_plain_files(trainer, path, kept):
                 del tensors["ema_params"]
         torch.save(found, path)
     part.load_parameter_state(path)
-    for group in part.optimizer.param_groups:
-        for p in group["params"]:
-            assert torch.equal(part.optimizer.state[p]["ema_params"], p)
+    check_averages_start_at_the_weights(trainer)
 
 
+@pytest.mark.megatron014
 def test_every_format_holds_the_averages(tmp_path):
     run_ranks(check_formats, 2, str(tmp_path), preload="megatron", timeout=120)
 

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mindspeed.train.averages import averaging, drop_averages, restart_averages
+from mindspeed.train.config import TrainConfig
 from mindspeed.train.model import Chunk, unwrap
 from mindspeed.train.state import (
     STATE_FILE,
@@ -128,6 +130,10 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
         trainer.config.flat(), trainer.world_size
     )
     wanted = _state_dict(trainer, loading=True, optimizer=record["optimizer"])
+    averages = averaging(trainer.config.plan_values())
+    restart = averages and not averaging(TrainConfig.from_flat(record["config"]).plan_values())
+    if restart:
+        drop_averages(wanted)
     if not same_layout:
         del wanted["rng_state"]
     try:
@@ -138,6 +144,8 @@ def load(trainer: Trainer, folder: Path, *, reshard: bool) -> int:
         unwrap(chunk).load_state_dict(loaded[key])
     if record["optimizer"]:
         trainer.optimizer.load_state_dict(loaded["optimizer"])
+        if restart:
+            restart_averages(trainer.optimizer)
     else:
         trainer.optimizer.reload_model_params()
         for scaler, state in zip(_scalers(trainer), loaded["loss_scalers"], strict=True):

@@ -76,6 +76,15 @@ class FusedEmaAdamW(FusedAdamW):
         n: int = group["num_updates"]
         return min(self.ema_decay, (1 + n) / (10 + n))
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start the averages at the weights as they are, and their warm-up with them."""
+        for group in self.param_groups:
+            group["num_updates"] = 0
+            for parameter in group["params"]:
+                if self.state.get(parameter):
+                    self.state[parameter]["ema_params"].copy_(parameter)
+
     def store(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Keep a copy of the weights in host memory until `restore`.
 
