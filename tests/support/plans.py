@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from ms_parallel.context.build import divisors, plan_attention
+from ms_parallel.context.heads import kv_head_plan
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
 
@@ -57,11 +58,13 @@ def random_arguments(seed):
     if nodes > 1 and rng.random() < 0.4:
         algorithm = rng.choice(("allgather_kv", "tasks", "tasks"))
     ring = algorithm in ("ring", "usp")
-    keep = "last" if nodes * ulysses == 1 else rng.choice(("last", "pre"))
+    heads = rng.choice(((4, 4), (8, 2), (6, 3), (5, 1), (24, 6)))
+    shared = nodes == 1 < ulysses and kv_head_plan(*heads, ulysses).shared
+    keep = rng.choice(("last", "pre")) if shared else "last"
     return {
         "layout": layout,
         "mask": random_mask(rng, documents),
-        "heads": rng.choice(((4, 4), (8, 2), (6, 3), (5, 1), (24, 6))),
+        "heads": heads,
         "head_dims": rng.choice(((4, 4), (6, 4))),
         "algorithm": algorithm,
         "ulysses": ulysses,

@@ -78,6 +78,7 @@ def test_collectives_are_not_hidden():
     assert time.compute_s == pytest.approx(cost.flops / 1e9 + 2 * blocks * 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:plan_attention. kv_keep")
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_kept_keys_and_values_by_the_table(size):
     layout = SeqLayout.zigzag(48, size)
@@ -149,3 +150,19 @@ def test_bad_machines():
         Machine(0, Link(1.0))
     with pytest.raises(ValueError, match="slow: got None, need a link between domains"):
         Machine(1.0, Link(1.0), domain=8)
+
+
+def test_the_best_of_several_layouts():
+    # Two long documents: a zigzag of each is balanced, one of the whole is not.
+    documents, machine = (0, 160, S), Machine(1e9, Link(1e12))
+    layouts = (SeqLayout.zigzag(S, 4), SeqLayout.zigzag_docs(documents, 4))
+    advice = advise(layouts, AttnMask.causal(documents), machine, heads=HEADS, head_dims=(D, D))
+    alone = [
+        advise(one, AttnMask.causal(documents), machine, heads=HEADS, head_dims=(D, D))
+        for one in layouts
+    ]
+    times = [a.choice.time.total_s for a in alone]
+    assert advice.choice.time.total_s == min(times)
+    assert "layout 0: " in str(advice)
+    assert "layout 1: " in str(advice)
+    assert "layout" not in str(alone[0])

@@ -93,6 +93,7 @@ def total_of(plan):
     return sum(c.forward_bytes for c in cost), sum(c.backward_bytes for c in cost)
 
 
+@pytest.mark.filterwarnings("ignore:plan_attention. kv_keep")
 @pytest.mark.parametrize(
     ("heads", "size"),
     [((8, 8), 4), ((8, 8), 8), ((8, 4), 4), ((8, 2), 4), ((24, 6), 4), ((6, 6), 4), ((8, 1), 3)],

@@ -1,6 +1,7 @@
 """Plans of any layout, mask, algorithm: proven right, and the proof catches wrong ones."""
 
 import random
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -252,6 +253,15 @@ def test_conflicts(arguments, text):
     given = {"layout": SeqLayout.zigzag(50, 6), "mask": AttnMask.causal(), **HEADS, **arguments}
     with pytest.raises(ValueError, match=text):
         plan_attention(**given)
+
+
+def test_keeping_what_is_not_copied_is_warned_of():
+    given = {"layout": SeqLayout.zigzag(8, 2), "mask": AttnMask.causal(), "algorithm": "ulysses"}
+    with pytest.warns(UserWarning, match='"pre" keeps no less here than "last", and sends more'):
+        plan_attention(**given, **HEADS, kv_keep="pre")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_attention(**given, heads=(4, 1), head_dims=(4, 4), kv_keep="pre")
 
 
 def test_conflicts_of_sizes():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .build import divisors, plan_attention
 from .cost import state_bytes
-from .timing import Estimate, Machine, estimate
+from .heads import kv_head_plan
 from .layout import SeqLayout
 from .mask import AttnMask
 from .plan import AttnPlan
+from .timing import Estimate, Machine, estimate
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Choice:
     """One way to run an attention.
 
     Attributes:
+        layout: which process holds which tokens.
         arguments: what `plan_attention` takes beside layout, mask, heads and channels.
         time: estimated seconds.
         sent_bytes: what the rank that sends most sends, forward and backward.
         state_bytes: keys and values that the rank that keeps most keeps for backward.
     """
 
+    layout: SeqLayout = field(repr=False)
     arguments: dict[str, Any]
     time: Estimate
     sent_bytes: int
@@ -51,11 +54,13 @@ class Advice:
         choice: the fastest that fits.
         reason: why, in one sentence with the numbers that decide.
         others: everything else that was tried.
+        layouts: those there were to choose from.
     """
 
     choice: Choice
     reason: str
     others: tuple[Choice, ...]
+    layouts: tuple[SeqLayout, ...] = field(repr=False)
 
     def __str__(self) -> str:
         """Return a table of what was tried."""
@@ -63,7 +68,8 @@ class Advice:
         for c in (self.choice, *self.others):
             times = (c.time.total_s, c.time.compute_s, c.time.exposed_s)
             sizes = (f"{c.sent_bytes / 2**20:.1f} MiB", f"{c.state_bytes / 2**20:.1f} MiB")
-            rows.append([c.name, *(f"{s * 1e3:.3f} ms" for s in times), *sizes])
+            layout = f"layout {self.layouts.index(c.layout)}: " if len(self.layouts) > 1 else ""
+            rows.append([layout + c.name, *(f"{s * 1e3:.3f} ms" for s in times), *sizes])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -73,7 +79,7 @@ class Advice:
 
 
 def advise(
-    layout: SeqLayout,
+    layout: SeqLayout | Sequence[SeqLayout],
     mask: AttnMask,
     machine: Machine,
     *,
@@ -92,7 +98,7 @@ def advise(
     fast, to three digits, the one that sends less.
 
     Args:
-        layout: which process holds which tokens.
+        layout: which process holds which tokens, or several such layouts to choose from.
         mask: which keys a query may attend to.
         machine: rates.
         heads: query heads, and key and value heads of one process.
@@ -104,34 +110,63 @@ def advise(
             backward, beyond what the plans do that keep least.
         even_heads: only U that divide the query heads.
     """
-
-    def plan_of(ulysses: int, **more: Any) -> AttnPlan:
-        arguments = _arguments(layout.size, ulysses, **more)
-        return plan_attention(
-            layout, mask, heads=heads, head_dims=head_dims, grad_bytes=grad_bytes, **arguments
-        )
-
-    def tried(ulysses: int, **more: Any) -> Choice:
-        arguments = _arguments(layout.size, ulysses, **more)
-        plan = plan_of(ulysses, **more)
-        time = estimate(plan, machine, element_bytes, batch)
-        cost = plan.cost(element_bytes, batch)
-        sent = max(c.forward_bytes + c.backward_bytes for c in cost)
-        kept = max(state_bytes(plan, r, element_bytes, batch) for r in range(layout.size))
-        return Choice(arguments, time, sent, kept)
-
-    legal = [u for u in divisors(layout.size) if u <= heads[0] or u == 1]
-    legal = [u for u in legal if heads[0] % u == 0 or not even_heads]
-    base = [tried(u) for u in legal]
-    base += [tried(u, algorithm=a) for u in legal for a in _others(plan_of(u))]
+    layouts = (layout,) if isinstance(layout, SeqLayout) else tuple(layout)
+    search = _Search(mask, machine, heads, head_dims, element_bytes, batch, grad_bytes)
+    base: list[Choice] = []
+    for one in layouts:
+        legal = [u for u in divisors(one.size) if u <= heads[0] or u == 1]
+        legal = [u for u in legal if heads[0] % u == 0 or not even_heads]
+        base += [search.tried(one, u) for u in legal]
+        base += [search.tried(one, u, algorithm=a) for u in legal for a in search.others(one, u)]
     found = sorted(base, key=_order)
     for choice in found[:2]:
-        found += [tried(**more) for more in _windows(choice, layout.size)]
-    found += [tried(**more) for more in _policies(min(found, key=_order))]
+        more = _windows(choice)
+        found += [search.tried(choice.layout, **arguments) for arguments in more]
+    best = min(found, key=_order)
+    found += [search.tried(best.layout, **arguments) for arguments in _policies(best, heads)]
     limit = max(c.state_bytes for c in base) + spare_bytes
     fitting = sorted((c for c in found if c.state_bytes <= limit), key=_order)
     over = sorted((c for c in found if c.state_bytes > limit), key=_order)
-    return Advice(fitting[0], _reason(fitting[0], fitting), (*fitting[1:], *over))
+    return Advice(fitting[0], _reason(fitting[0], fitting), (*fitting[1:], *over), layouts)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all choices share."""
+
+    mask: AttnMask
+    machine: Machine
+    heads: tuple[int, int]
+    head_dims: tuple[int, int]
+    element_bytes: int
+    batch: int
+    grad_bytes: int
+
+    def plan(self, layout: SeqLayout, arguments: dict[str, Any]) -> AttnPlan:
+        """Return the plan of a choice."""
+        return plan_attention(
+            layout, self.mask, heads=self.heads, head_dims=self.head_dims,
+            grad_bytes=self.grad_bytes, **arguments,
+        )  # fmt: skip
+
+    def tried(self, layout: SeqLayout, ulysses: int, **more: Any) -> Choice:
+        """Return a choice and what it takes."""
+        arguments = _arguments(layout.size, ulysses, **more)
+        plan = self.plan(layout, arguments)
+        time = estimate(plan, self.machine, self.element_bytes, self.batch)
+        cost = plan.cost(self.element_bytes, self.batch)
+        sent = max(c.forward_bytes + c.backward_bytes for c in cost)
+        ranks = range(layout.size)
+        kept = max(state_bytes(plan, r, self.element_bytes, self.batch) for r in ranks)
+        return Choice(layout, arguments, time, sent, kept)
+
+    def others(self, layout: SeqLayout, ulysses: int) -> list[str]:
+        """Return what else may serve the nodes of a plain ring."""
+        plan = self.plan(layout, _arguments(layout.size, ulysses))
+        if plan.nodes.size == 1:
+            return []
+        tiles = sum(bool(step.blocks) for steps in plan.forward.steps for step in steps)
+        return ["allgather_kv", *(["tasks"] if tiles < plan.nodes.size**2 else [])]
 
 
 def _arguments(
@@ -156,27 +191,20 @@ def _order(choice: Choice) -> tuple[float, int, str]:
     return float(f"{choice.time.total_s:.3g}"), choice.sent_bytes, choice.name
 
 
-def _others(plan: AttnPlan) -> list[str]:
-    """Return what else may serve the nodes of a plain ring."""
-    if plan.nodes.size == 1:
-        return []
-    tiles = sum(bool(step.blocks) for steps in plan.forward.steps for step in steps)
-    return ["allgather_kv", *(["tasks"] if tiles < plan.nodes.size**2 else [])]
-
-
-def _windows(choice: Choice, size: int) -> Iterable[dict[str, Any]]:
+def _windows(choice: Choice) -> Iterable[dict[str, Any]]:
     given = choice.arguments
     if given["algorithm"] not in ("ring", "usp"):
         return []
-    legal = divisors(size // given["ulysses"])[1:-1]
+    legal = divisors(choice.layout.size // given["ulysses"])[1:-1]
     return [{"ulysses": given["ulysses"], "window": w} for w in legal]
 
 
-def _policies(choice: Choice) -> Iterable[dict[str, Any]]:
+def _policies(choice: Choice, heads: tuple[int, int]) -> Iterable[dict[str, Any]]:
     given = choice.arguments
     same = {k: given[k] for k in ("algorithm", "ulysses", "window")}
     if given["algorithm"] == "ulysses":
-        return [{**same, "kv_keep": "pre"}]
+        shared = kv_head_plan(*heads, given["ulysses"]).shared
+        return [{**same, "kv_keep": "pre"}] if shared else []
     keeps = [{**same, "kv_keep": keep} for keep in ("last", "k", "kv")]
     if given["algorithm"] not in ("ring", "usp"):
         return keeps[1:]
@@ -191,11 +219,12 @@ def _reason(choice: Choice, found: Iterable[Choice]) -> str:
         " messages and collectives that no compute hides"
     )
     given = choice.arguments
-    for field, default in (("window", 1), ("kv_keep", "last"), ("pruned", False)):
-        without = {**given, field: default}
-        other = next((c for c in found if c.arguments == without), None)
-        if given[field] != default and other is not None:
-            text += f"; without {field} = {given[field]!r} {other.time.total_s * 1e3:.3f} ms"
+    for name, default in (("window", 1), ("kv_keep", "last"), ("pruned", False)):
+        without = {**given, name: default}
+        same = (c for c in found if c.layout == choice.layout)
+        other = next((c for c in same if c.arguments == without), None)
+        if given[name] != default and other is not None:
+            text += f"; without {name} = {given[name]!r} {other.time.total_s * 1e3:.3f} ms"
     best: dict[str, Choice] = {}
     for other in sorted(found, key=_order):
         best.setdefault(other.arguments["algorithm"], other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -83,6 +84,9 @@ def plan_attention(
     if not uneven:
         _check_even(layout, mask, heads, ulysses)
     mask.check(layout.total)
+    if kv_keep == "pre" and not kv_head_plan(*heads, ulysses).shared:
+        text = 'plan_attention: kv_keep: "pre" keeps no less here than "last", and sends more'
+        warnings.warn(f"{text}: no place shares a head with another", stacklevel=2)
     program = _Route(algorithm, window, "last" if kv_keep == "pre" else kv_keep, pruned, budget)
     return _plan(layout, mask, heads, head_dims, ulysses, kv_keep, grad_bytes, program)
 
