@@ -8,6 +8,7 @@ device, dropout and the gradient of a bias need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -60,6 +61,34 @@ def _keys(call: Call, batch: int, rows: tuple[int, int], shape: tuple[int, int])
     if prefix:
         low, high = 0, max(high, prefix)
     return min(low, shape[1]), max(high, min(low, shape[1]))
+
+
+def summand_width(call: Call, q: Tensor, flash: bool) -> int:
+    """Return how many score matrices a block holds: a flash kernel only needs its summands."""
+    batch, heads = q.shape[:2]
+    if not flash:
+        return batch * heads
+    summands = [t for t in (call.bias, call.mask) if t is not None]
+    apart = [math.prod(t.shape[:-2]) for t in summands]
+    return max(1, *apart, heads if call.slopes is not None else 1)
+
+
+def cut(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a block's rows of q and its keys and values."""
+    # Slices that take everything are left out: compiled code would hold them.
+    if (block.q0, block.q1) != (0, block.queries):
+        q = q[:, :, block.q0 : block.q1]
+    if (block.k0, block.k1) != (0, block.keys):
+        k, v = (t[:, :, block.k0 : block.k1] for t in (k, v))
+    return q, k, v
+
+
+def summand(call: Call, block: Block, query: Tensor) -> Tensor | None:
+    """Return what a flash kernel adds to the block's scores: bias and mask."""
+    bias = additive(call, block, query.dtype)
+    if bias is None:
+        return None
+    return bias.expand(*bias.shape[:2], query.shape[2], block.k1 - block.k0)
 
 
 def dense_forward(

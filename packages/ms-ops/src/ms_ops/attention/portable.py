@@ -5,8 +5,8 @@ and has a backward op. What it lacks is arranged around it: channels of keys and
 are padded with zeros, which is exact; other masks than the upper-left triangle, bias and ALiBi
 become summands of blocks of rows. Packed sequences run one by one. Low-precision inputs are upcast
 for the call: the kernel's own bf16 mode sums the gradients of a head group in bf16, so that its
-error grows with the group, and was not faster where measured. Dropout, the gradient of a bias and
-other devices run the blocks written out.
+error grows with the group, and was not faster where measured. CUDA tensors have kernels of their
+own (`cuda.py`). Dropout, the gradient of a bias and other devices run the blocks written out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ..device import compute_dtype, upcast
 from ..registry import Backend, Facts, Kernel
-from .blocks import dense_backward, dense_forward, row_blocks
+from . import cuda
+from .blocks import cut, dense_backward, dense_forward, row_blocks, summand, summand_width
 from .call import Call
 from .layout import PACKED, from_bhsd, lse_from_bhs, lse_shape, lse_to_bhs, to_bhsd
-from .pattern import Block, additive, allowed
+from .pattern import Block, allowed
 from .reference import finite, sink_gradient
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -34,6 +35,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Return (out, lse) as the reference does."""
     call = Call(*rest)
+    if q.device.type == "cuda":
+        served = cuda.forward(call, q, k, v)
+        if served is not None:
+            return served
     if _one_by_one(call):
         return _packed_forward(call, q, k, v)
     query, key, value = (to_bhsd(t, call.layout) for t in (q, k, v))
@@ -52,6 +57,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv, dbias, dsink) from the saved output and log-sum-exp."""
     call, bias_grad = Call(*rest[:-1]), rest[-1]
+    if q.device.type == "cuda":
+        served = cuda.backward(call, dout, q, k, v, out, lse, bias_grad)
+        if served is not None:
+            return served
     if _one_by_one(call):
         return _packed_backward(call, dout, q, k, v, out, lse)
     tensors = tuple(to_bhsd(t, call.layout) for t in (dout, q, k, v, out))
@@ -131,8 +140,8 @@ def _operand(x: Tensor, width: int) -> Tensor:
 def _blocks_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     flash = _serves(q, k, v) and not call.dropout_p
     outs, sums = [], []
-    for block in row_blocks(call, q, k, _width(call, q, flash)):
-        query, key, value = (upcast(t) for t in _cut(block, q, k, v))
+    for block in row_blocks(call, q, k, summand_width(call, q, flash)):
+        query, key, value = (upcast(t) for t in cut(block, q, k, v))
         if flash and _serves(query, key, value):
             out, lse = _flash_block(call, block, query, key, value)
         else:
@@ -147,44 +156,18 @@ def _blocks_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     return (outs[0], sums[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(sums, 2))
 
 
-def _width(call: Call, q: Tensor, flash: bool) -> int:
-    """How many score matrices a block holds: the flash kernel only needs those of its summands."""
-    batch, heads = q.shape[:2]
-    if not flash:
-        return batch * heads
-    summands = [t for t in (call.bias, call.mask) if t is not None]
-    apart = [math.prod(t.shape[:-2]) for t in summands]
-    return max(1, *apart, heads if call.slopes is not None else 1)
-
-
-def _cut(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Slices that take everything are left out: compiled code would hold them.
-    if (block.q0, block.q1) != (0, block.queries):
-        q = q[:, :, block.q0 : block.q1]
-    if (block.k0, block.k1) != (0, block.keys):
-        k, v = (t[:, :, block.k0 : block.k1] for t in (k, v))
-    return q, k, v
-
-
 def _flash_block(
     call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     width = max(q.shape[-1], v.shape[-1])
     query, key, value = (_operand(t, width) for t in (q, k, v))
-    bias = _summand(call, block, query)
+    bias = summand(call, block, query)
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=call.scale)
     seen = allowed(call, block)
     if seen is not None:
         # The kernel gives rows without any key the log-sum-exp 0.
         lse = lse.masked_fill(~seen.any(-1).expand(lse.shape), -math.inf)
     return out[..., : v.shape[-1]], lse
-
-
-def _summand(call: Call, block: Block, query: Tensor) -> Tensor | None:
-    bias = additive(call, block, query.dtype)
-    if bias is None:
-        return None
-    return bias.expand(*bias.shape[:2], query.shape[2], block.k1 - block.k0)
 
 
 def _blocks_backward(
@@ -196,11 +179,11 @@ def _blocks_backward(
     dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
     dbias = torch.zeros(_shape(call.bias, bias_grad), dtype=dtype, device=q.device)
     lse, dqs = finite(lse), []
-    for block in row_blocks(call, q, k, _width(call, q, flash)):
-        query, key, value = _cut(block, q, k, v)
-        dy, y = (_cut(block, t, k, v)[0] for t in (dout, out))
+    for block in row_blocks(call, q, k, summand_width(call, q, flash)):
+        query, key, value = cut(block, q, k, v)
+        dy, y = (cut(block, t, k, v)[0] for t in (dout, out))
         part = tuple(upcast(t) for t in (dy, query, key, value, y))
-        rows = _cut(block, lse, k, v)[0]
+        rows = cut(block, lse, k, v)[0]
         if flash and _serves(query, key, value):
             grads = _flash_block_backward(call, block, part, rows)
         else:
@@ -224,7 +207,7 @@ def _flash_block_backward(
     q, k, v = part[1:4]
     width = max(q.shape[-1], v.shape[-1])
     dy, query, key, value, y = (_operand(t, width) for t in part)
-    bias = _summand(call, block, query)
+    bias = summand(call, block, query)
     grads = _flash_backward(
         dy, query, key, value, y, lse.contiguous(), 0.0, False, attn_mask=bias, scale=call.scale
     )
