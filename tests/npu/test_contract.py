@@ -22,8 +22,16 @@ def test_schema_is_the_recorded_one(name):
     assert str(torch._C._get_schema(base, overload)) == recorded_schemas()[name]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("op", OPERATORS)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CALLS = [
+    *((op, dtype) for op in OPERATORS for dtype in (torch.float32, torch.bfloat16)),
+    # Forms that are in fp16 only.
+    ("ffn", torch.float16),
+    ("quant_grouped_matmul", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("op", "dtype"), CALLS, ids=[f"{op}-{SHORT[t]}" for op, t in CALLS])
 def test_calls_are_accepted_and_give_what_our_fakes_promise(op, dtype, monkeypatch):
     monkeypatch.setenv("ATB_HOME_PATH", "not here")
 
