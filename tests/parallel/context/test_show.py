@@ -1,8 +1,10 @@
 """Plans as text, as plain data and as digests."""
 
 import json
+import runpy
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
@@ -88,3 +90,9 @@ def test_the_picture_shows_every_block_and_message():
             assert tags["polygon"] == sum(b.kind == "causal" for b in blocks)
             assert tags["rect"] == len(blocks) - tags["polygon"] + bars + 2
             assert tags["path"] == len(program.transfers) + 1
+
+
+def test_the_pictures_of_the_documentation_are_of_this_planner():
+    folder = Path(__file__).parents[3] / "docs" / "context"
+    for name, text in runpy.run_path(str(folder / "pictures.py"))["pictures"]().items():
+        assert (folder / name).read_text(encoding="utf-8") == text
