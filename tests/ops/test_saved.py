@@ -49,6 +49,13 @@ def test_rope_keeps_cos_and_sin():
     assert saved(lambda: ms_ops.rope(x, cos, sin)) == 2 * 6 * 32 * 4
 
 
+def test_a_product_with_8_bit_weights_keeps_them_and_no_rows():
+    x, weight = make(10, 8), torch.randint(-9, 9, (3, 8, 6), dtype=torch.int8)
+    scale, ends = make(3, 6).detach(), torch.tensor([3, 3, 10])
+    whole = 3 * 8 * 6 + 3 * 6 * 2 + 3 * 8
+    assert saved(lambda: ms_ops.weight_quant_grouped_matmul(x, weight, scale, ends)) == whole
+
+
 def test_attention_keeps_no_score_matrix():
     q, k, v = make(2, 50, 4, 8), make(2, 50, 2, 8), make(2, 50, 2, 8)
     whole = (2 * 50 * 4 * 8 * 2 + 2 * 2 * 50 * 2 * 8) * 2 + 2 * 4 * 50 * 4
