@@ -221,7 +221,8 @@ def _key_sums(run: Backward) -> Steps[tuple[Tensor, Tensor]]:
     flat = yield from scatter_sums(run, run.sums.to(job.shapes.grads))
     k, v = job.shapes.row("dk"), job.shapes.row("dv")
     cut = job.rows * job.shapes.elements("dk", "dkv")
-    return flat[:cut].view(job.rows, *k), flat[cut:].view(job.rows, *v)
+    # Cloned: an operator may not return two views of one tensor.
+    return flat[:cut].view(job.rows, *k), flat[cut:].clone().view(job.rows, *v)
 
 
 def _results(run: Backward, dk: Tensor, dv: Tensor, sink: Tensor | None) -> Steps[Grads]:
