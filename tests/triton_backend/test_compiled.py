@@ -129,18 +129,31 @@ def test_every_kernel_compiles_for_a_gpu(every_launch, tmp_path, monkeypatch):
         assert made.asm["cubin"]
 
 
-def test_a_trace_on_cuda_shows_the_kernel():
-    def normed(x, weight):
-        return torch.ops.ms.rms_norm(x, weight, 1e-6, 0.0, "fp32", "")
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_trace_with_open_sizes_holds_one_kernel(op):
+    sample = testing.find_sample(op, testing.OPERATORS[op].resized[0], torch.bfloat16)
+    prepared = opdef.OPERATORS[op].definition.prepare(*sample.args, **sample.kwargs)
 
+    def run(*tensors):
+        rest = iter(tensors)
+        args = [next(rest) if isinstance(a, torch.Tensor) else a for a in prepared]
+        return opdef.OPERATORS[op].forward_op(*args, "triton")
+
+    tensors = [meta(a) for a in prepared if isinstance(a, torch.Tensor)]
+    graph = make_fx(dispatch_functionalize(run), tracing_mode="symbolic")(*tensors).graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert names.count("triton_kernel_wrapper_functional") == 1
+    assert not any(name.startswith("ms.") for name in names)
+    (kernel,) = (n for n in graph.nodes if str(n.target) == "triton_kernel_wrapper_functional")
+    assert not isinstance(kernel.kwargs["grid"][0][0], int)
+
+
+def test_cuda_tensors_are_served_first():
     with FakeTensorMode():
         x = torch.empty(6, 16, dtype=torch.bfloat16, device="cuda")
-        weight = torch.empty(16, dtype=torch.bfloat16, device="cuda")
-        assert "triton (priority 20): can serve" in ms_ops.explain("rms_norm", x, weight)
-        graph = make_fx(dispatch_functionalize(normed))(x, weight).graph
-    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert "triton_kernel_wrapper_functional" in names
-    assert not any(name.startswith("ms.") for name in names)
+        assert "triton (priority 20): can serve" in ms_ops.explain("swiglu", x)
+        graph = make_fx(dispatch_functionalize(ms_ops.swiglu))(x).graph
+    assert "triton_kernel_wrapper_functional" in [str(node.target) for node in graph.nodes]
 
 
 @pytest.mark.parametrize(
