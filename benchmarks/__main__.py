@@ -1,4 +1,7 @@
-"""Run one benchmark by its name, or list them: `python -m benchmarks [NAME [OPTIONS...]]`."""
+"""Run a benchmark, or all of a folder: `python -m benchmarks [NAME | FOLDER [OPTIONS...]]`.
+
+Without a name, list them.
+"""
 
 import ast
 import subprocess
@@ -20,6 +23,9 @@ def drivers():
 
 def main(argv):
     known = drivers()
+    folder = [name for name in known if argv and name.startswith(f"{argv[0]}/")]
+    if folder:
+        return max(run(known[name], argv[1:], name) for name in folder)
     if not argv or argv[0] not in known:
         for name, path in known.items():
             summary = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -27,7 +33,13 @@ def main(argv):
         if argv:
             print(f"no benchmark is named {argv[0]!r}; choose one of these", file=sys.stderr)
         return 2 if argv else 0
-    return subprocess.call([sys.executable, str(known[argv[0]]), *argv[1:]])
+    return run(known[argv[0]], argv[1:])
+
+
+def run(path, options, title=""):
+    if title:
+        print(f"== {title}", flush=True)
+    return subprocess.call([sys.executable, str(path), *options])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Causal attention forward and backward against the written-out form and torch's own function."""
+"""Causal attention forward and backward against eager torch, torch's function and Megatron's."""
 
+import megatron_peers
 import torch
 import torch.nn.functional as F
 from driver import Case, main
@@ -34,6 +35,11 @@ def shape(length, heads, groups, channels):
 
 
 if __name__ == "__main__":
-    peers = {"eager": eager, "torch": torch_own}
-    cases = [shape(512, 8, 8, 32), shape(1024, 8, 8, 32), shape(1024, 8, 2, 64)]
+    peers = {"eager": eager, "torch": torch_own, "megatron": megatron_peers.attention}
+    cases = [
+        shape(512, 8, 8, 32),
+        shape(1024, 8, 8, 32),
+        shape(1024, 8, 2, 64),
+        shape(2048, 8, 8, 32),
+    ]
     main("attention", fused, peers, cases)

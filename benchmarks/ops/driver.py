@@ -8,16 +8,21 @@ the processor time of this process, which other work on the machine hardly distu
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ms_ops
-from ms_ops import testing
+from ms_ops import registry, testing
+from ms_ops.opdef import OPERATORS
 
 HERE = Path(__file__).parent
 SEED = 11
@@ -99,9 +104,65 @@ def saved_bytes(function, args, kwargs):
     return sum(kept.values())
 
 
-def measure(function, peers, case, dtype, rounds):
+class Moved(TorchDispatchMode):
+    """Counts the bytes that dispatched operators read and write, views and our own shells apart.
+
+    An operator is taken to read each tensor that it is given, and write each that it returns, once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ms":
+            op, direction = func._opname, "forward"
+            if op not in OPERATORS:
+                op, direction = op.removesuffix("_backward"), "backward"
+            with self:  # what the operator runs inside is counted, not the operator
+                return getattr(registry.kernel(op, args[-1]), direction)(*args[:-1])
+        out = func(*args, **(kwargs or {}))
+        given, returned = (
+            [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+            for x in ((args, kwargs), out)
+        )
+        kept = {t.untyped_storage().data_ptr() for t in given}
+        is_view = not func._schema.is_mutable and all(
+            t.untyped_storage().data_ptr() in kept for t in returned
+        )
+        if not is_view:
+            self.total += sum(t.numel() * t.element_size() for t in (*given, *returned))
+        return out
+
+
+def moved_bytes(function, args, kwargs, dy):
+    """Bytes that one forward and backward moves, as `Moved` counts."""
+    with Moved() as moved:
+        step(function, args, kwargs, dy)
+    return moved.total
+
+
+def least_bytes(args, dy):
+    """Bytes of a forward and a backward that read and write each tensor of theirs once."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    once = sum(t.numel() * t.element_size() for t in (*tensors, dy))
+    return 2 * once + sum(t.numel() * t.element_size() for t in tensors if t.requires_grad)
+
+
+def by_compiled_backend(function):
+    def call(*args, **kwargs):
+        with ms_ops.backend("compiled"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def measure(function, peers, case, dtype, rounds, compiled=False):
     dy, ours, theirs = gate(function, peers["eager"], case, dtype)
     args = arguments(case, dtype)
+    if compiled:
+        peers = {**peers, "ms_ops compiled": by_compiled_backend(function)}
+        gate(peers["ms_ops compiled"], peers["eager"], case, dtype)
     contenders = {"ms_ops": function, **peers}
     runs = {name: (lambda f=f: step(f, args, case.kwargs, dy)) for name, f in contenders.items()}
     times = interleave(runs, rounds)
@@ -115,7 +176,14 @@ def measure(function, peers, case, dtype, rounds):
         "median_ms": {n: round(statistics.median(t) * 1e3, 3) for n, t in times.items()},
         "times_as_fast_as": {name: round(value, 2) for name, value in ratio.items()},
         "saved_bytes": {
-            n: saved_bytes(f, args, case.kwargs) for n, f in contenders.items() if n != "compiled"
+            n: saved_bytes(f, args, case.kwargs)
+            for n, f in contenders.items()
+            if "compiled" not in n
+        },
+        "bytes_moved_over_least": {
+            n: round(moved_bytes(f, args, case.kwargs, dy) / least_bytes(args, dy), 2)
+            for n, f in contenders.items()
+            if n in ("ms_ops", "eager", "torch")
         },
         "error_in_roundings": {"ms_ops": ours, "eager": theirs},
     }
@@ -140,8 +208,22 @@ def processor():
         return platform.processor()
 
 
-def main(op, function, peers, cases):
-    """Run all cases of one operator in fp32 and bf16, print a table, write `results/<op>.json`."""
+def keep_memory():
+    """Start again with a C library that never gives memory back to the system.
+
+    Else buffers above 32 MiB are new pages each time, and their faults are most of what is timed.
+    """
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
+def main(op, function, peers, cases, compiled=False):
+    """Run all cases of one operator in fp32 and bf16, print a table, write `results/<op>.json`.
+
+    With `compiled`, our own backend of that name is a contender, too.
+    """
+    keep_memory()
     parser = argparse.ArgumentParser(description=f"Benchmark of ms_ops.{op} on this machine's CPU.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -151,7 +233,7 @@ def main(op, function, peers, cases):
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for case in cases:
-            rows.append(measure(function, peers, case, dtype, options.rounds))
+            rows.append(measure(function, peers, case, dtype, options.rounds, compiled))
             print(json.dumps(rows[-1]), flush=True)
     if not options.no_write:
         write(op, {"environment": environment(), "rounds": options.rounds, "rows": rows})

@@ -1,4 +1,7 @@
-"""RMSNorm forward and backward against eager torch, torch's own function and torch.compile."""
+"""RMSNorm forward and backward against eager torch, torch's own function and torch.compile.
+
+Torch's own is Megatron's, too: without TransformerEngine its norm is `torch.nn.RMSNorm`.
+"""
 
 import torch
 import torch.nn.functional as F

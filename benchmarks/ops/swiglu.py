@@ -1,5 +1,6 @@
-"""SwiGLU forward and backward against eager torch and torch.compile."""
+"""SwiGLU forward and backward against eager torch, torch.compile and Megatron's own function."""
 
+import megatron_peers
 import torch
 from driver import Case, main
 
@@ -14,5 +15,10 @@ def shape(rows, hidden):
 
 
 if __name__ == "__main__":
-    peers = {"eager": plain, "compiled": torch.compile(plain)}
-    main("swiglu", ms_ops.swiglu, peers, [shape(1024, 688), shape(2048, 2816)])
+    peers = {
+        "eager": plain,
+        "compiled": torch.compile(plain),
+        "megatron": megatron_peers.swiglu,
+    }
+    cases = [shape(1024, 688), shape(2048, 2816)]
+    main("swiglu", ms_ops.swiglu, peers, cases, compiled=True)

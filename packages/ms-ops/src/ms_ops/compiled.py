@@ -8,7 +8,7 @@ the portable kernel answers instead, and a warning says so once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Compiled:
         if any(isinstance(a, Tensor) and type(a) is not Tensor for a in args):
             return self.formula(*args)
         if self.compiled is None:
-            self.compiled = torch.compile(self.formula, dynamic=True, fullgraph=True)
+            self.compiled = torch.compile(self.formula, fullgraph=True)
         try:
             with torch.no_grad():
                 return self.compiled(*args)
@@ -46,11 +46,17 @@ class Compiled:
             return self.fallback(*args)
 
 
-def compiled(reference: Backend, portable: Backend) -> Backend:
-    """Return the backend of a family whose kernels are the reference's, compiled."""
+def compiled(ops: Sequence[str], reference: Backend, portable: Backend) -> Backend:
+    """Return the backend of a family whose kernels are the reference's, compiled.
+
+    Args:
+        ops: operators without sums over many rows, which compiled code adds one after another.
+        reference: the backend with the formulas.
+        portable: the backend with their stand-ins.
+    """
     kernels = {}
-    for op, kernel in reference.kernels.items():
-        plain = portable.kernels[op]
+    for op in ops:
+        kernel, plain = reference.kernels[op], portable.kernels[op]
         backward = None
         if kernel.backward is not None and plain.backward is not None:
             backward = Compiled(kernel.backward, plain.backward)

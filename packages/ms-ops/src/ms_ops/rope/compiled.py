@@ -3,4 +3,4 @@
 from ..compiled import compiled
 from . import portable, reference
 
-BACKEND = compiled(reference.BACKEND, portable.BACKEND)
+BACKEND = compiled(("rope",), reference.BACKEND, portable.BACKEND)

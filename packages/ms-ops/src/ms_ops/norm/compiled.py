@@ -1,6 +1,0 @@
-"""The formulas of the reference, compiled: one pass over memory a direction."""
-
-from ..compiled import compiled
-from . import portable, reference
-
-BACKEND = compiled(reference.BACKEND, portable.BACKEND)
