@@ -34,13 +34,15 @@ ALIBI = {"position_embedding_type": "alibi"}
 def test_what_the_flags_ask_for(flags, want):
     assert settings({**ALIBI, **flags}) == want
     mindspeed.plan({**ALIBI, **flags}, level=1)
-    config = alibi.wrap_config(lambda args: SimpleNamespace())(SimpleNamespace(**ALIBI, **flags))
+    config = SimpleNamespace()
+    alibi.mark(config, {**ALIBI, **flags})
     assert config.alibi == want
 
 
 def test_other_positions_know_nothing_of_it():
     assert settings({}) is None
-    config = alibi.wrap_config(lambda args: SimpleNamespace())(SimpleNamespace())
+    config = SimpleNamespace()
+    alibi.mark(config, {})
     assert not hasattr(config, "alibi")
     assert "ops.alibi" not in mindspeed.plan({}, level=1).features
 

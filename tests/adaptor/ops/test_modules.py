@@ -15,7 +15,6 @@ from mindspeed.features.ops import (
 )
 from support.ranks import run_ranks
 
-
 # Megatron compiles its small functions; eager ones compute the same and start at once.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
@@ -186,14 +185,6 @@ def test_window_flags_become_the_window_size():
     assert feature.window({"sparse_mode": 4}) == (65536, 0)
     assert feature.window({"pre_tokens": 128}) == (128, 0)
     assert feature.window({"pre_tokens": 8, "next_tokens": 2, "sparse_mode": 4}) == (8, 2)
-
-    def original(args, config_class=None):
-        return SimpleNamespace(window_size=None, config_class=config_class)
-
-    build = feature.wrap_config(original)
-    assert build(SimpleNamespace(), str).window_size is None
-    config = build(SimpleNamespace(pre_tokens=8), config_class=str)
-    assert (config.window_size, config.config_class) == ((8, 0), str)
 
 
 def softmax_results(rank, world_size):

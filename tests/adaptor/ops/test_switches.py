@@ -1,5 +1,6 @@
 """Flags of MindSpeed in their old spelling: each acts, is superfluous, or is refused."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import torch
 
 import mindspeed
 from mindspeed.features.level0 import megatron_lm
-from mindspeed.features.ops import attention_window
+from mindspeed.features.ops import alibi, attention_window
+from mindspeed.features.ops.alibi import Alibi
 from mindspeed.train.args import parse
 from support.ranks import run_ranks
 
@@ -87,11 +89,27 @@ def test_batches_bring_masks_only_where_they_say_more_than_the_triangle(given, m
     assert seen[0]["create_attention_mask_in_dataloader"] is made
 
 
-def test_general_masks_reach_the_configuration():
-    build = attention_window.wrap_config(lambda args: SimpleNamespace())
-    general = SimpleNamespace(attention_mask_type="general", pre_tokens=3)
-    assert vars(build(general)) == {"window_size": (3, 0), "masks_beside_windows": True}
-    assert vars(build(SimpleNamespace(attention_mask_type="causal"))) == {}
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({}, {}),
+        ({"pre_tokens": 8}, {"window_size": (8, 0)}),
+        (
+            {"attention_mask_type": "general", "pre_tokens": 3},
+            {"window_size": (3, 0), "masks_beside_windows": True},
+        ),
+        ({"position_embedding_type": "alibi"}, {"alibi": Alibi("signed")}),
+    ],
+)
+def test_flags_of_a_script_reach_the_configuration_when_it_is_made(arguments, found, monkeypatch):
+    """Also with builders that took their names from Megatron before the arguments were parsed."""
+    made = []
+    init = attention_window.wrap_post_init(alibi.wrap_post_init(lambda self: made.append(self)))
+    init(SimpleNamespace())
+    script = SimpleNamespace(_GLOBAL_ARGS=SimpleNamespace(**arguments))
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", script)
+    init(SimpleNamespace())
+    assert [vars(config) for config in made] == [{}, found]
 
 
 def masked_results(rank, world_size):

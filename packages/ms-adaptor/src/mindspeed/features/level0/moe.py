@@ -41,7 +41,6 @@ FEATURE = Feature(
             target=f"{_GEMM}:ops",
             kind="set",
             value=f"{_HERE}:LOOP",
-            when="level == 0",
             probe=_NO_PACKAGE,
             reason="GroupedMLP calls the grouped_gemm package by this name.",
         ),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mindspeed.features.ops.script import before_post_init
 from mindspeed.patching.records import Choice, Feature, Patch, Rule
 
 _HERE = "mindspeed.features.ops.alibi"
@@ -52,16 +53,16 @@ FEATURE = Feature(
             text="--square-alibi-mask is a form of the bias without --alibi-fusion-attn-type",
             suggestion="Leave one of the two out.",
         ),
-        _alone("context_parallel_size > 1", "is not built for a divided sequence"),
+        _alone("context_parallel_size > 1 and level < 2", "needs level 2 on a divided sequence"),
         _alone("multi_latent_attention", "multi-latent attention is made of rotary ones"),
         _alone("use_legacy_models", "Megatron's legacy models do not know it"),
     ),
     packages=("ms-ops",),
     patches=(
         Patch(
-            target="megatron.training.arguments:core_transformer_config_from_args",
+            target="megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
             kind="wrap",
-            value=f"{_HERE}:wrap_config",
+            value=f"{_HERE}:wrap_post_init",
             reason="The attention modules read the configuration, and no field of it says how"
             " positions enter.",
         ),
@@ -118,16 +119,8 @@ def mark(config: Any, values: Mapping[str, Any]) -> None:
         config.alibi = found
 
 
-def wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Tell the configuration that Megatron-LM makes from its arguments."""
-
-    @functools.wraps(original)
-    def build(args: Any, *rest: Any, **options: Any) -> Any:
-        config = original(args, *rest, **options)
-        mark(config, vars(args))
-        return config
-
-    return build
+# Tells each configuration that a script of Megatron-LM makes.
+wrap_post_init = before_post_init(mark)
 
 
 def wrap_model(original: Callable[..., None]) -> Callable[..., None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mindspeed.features.ops.script import before_post_init
 from mindspeed.patching.records import Feature, Patch, Rule
 
 PRE_TOKENS, NEXT_TOKENS = 65536, 0  # The flags' defaults: plain causal attention.
@@ -43,9 +43,9 @@ FEATURE = Feature(
     packages=("ms-ops",),
     patches=(
         Patch(
-            target="megatron.training.arguments:core_transformer_config_from_args",
+            target="megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
             kind="wrap",
-            value="mindspeed.features.ops.attention_window:wrap_config",
+            value="mindspeed.features.ops.attention_window:wrap_post_init",
             reason="The flags become Megatron's window_size where the configuration is made;"
             " no hook lies between the arguments and it.",
         ),
@@ -67,23 +67,20 @@ def window(values: Mapping[str, Any]) -> tuple[int, int] | None:
     return (before, after) if given or values.get("sparse_mode") == 4 else None
 
 
-def wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the configuration that Megatron-LM makes from its arguments the window.
+def mark(config: Any, values: Mapping[str, Any]) -> None:
+    """Give a configuration of Megatron's the window that the arguments ask for.
 
     With general masks it also gets the attribute `masks_beside_windows`.
     """
+    found = window(values)
+    if found is not None:
+        config.window_size = found
+    if values.get("attention_mask_type") == "general":
+        config.masks_beside_windows = True
 
-    @functools.wraps(original)
-    def build(args: Any, *rest: Any, **options: Any) -> Any:
-        config = original(args, *rest, **options)
-        found = window(vars(args))
-        if found is not None:
-            config.window_size = found
-        if getattr(args, "attention_mask_type", "causal") == "general":
-            config.masks_beside_windows = True
-        return config
 
-    return build
+# Tells each configuration that a script of Megatron-LM makes.
+wrap_post_init = before_post_init(mark)
 
 
 def advise(config: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from mindspeed.patching.records import Feature, Patch, Rule
 
 _FUNCTIONS = "mindspeed.features.ops.grouped_matmul_function"
-_OPS = "megatron.core.transformer.moe.grouped_gemm_util:ops"
+_GEMM = "megatron.core.transformer.moe.experts:gg"
 
 FEATURE = Feature(
     name="ops.grouped_matmul",
@@ -28,25 +28,31 @@ FEATURE = Feature(
     ),
     patches=(
         Patch(
-            target=_OPS,
+            target=_GEMM,
             kind="set",
             value=f"{_FUNCTIONS}:PRODUCTS",
             when="not gemm_gradient_accumulation_fusion",
-            probe="mindspeed.features.level0.moe:grouped_gemm_missing",
-            reason="GroupedMLP calls the grouped_gemm package by this name.",
+            probe="mindspeed.features.ops.grouped_matmul:package_missing",
+            reason="GroupedMLP takes its product from this module, whose own name for it is level"
+            " 0's; there is no argument for another one.",
         ),
         Patch(
-            target=_OPS,
+            target=_GEMM,
             kind="set",
             value=f"{_FUNCTIONS}:ACCUMULATING",
             when="gemm_gradient_accumulation_fusion",
-            reason="The package has no product that adds to a gradient, and GroupedMLP no argument"
-            " for another one.",
+            reason="The grouped_gemm package has no product that adds to a gradient, and GroupedMLP"
+            " no argument for another one.",
         ),
     ),
     advise="mindspeed.features.ops.grouped_matmul:advise",
     page="docs/ops/matmul.md",
 )
+
+
+def package_missing(module: Any) -> bool:
+    """Whether the grouped_gemm package, whose kernels are for CUDA, is not there."""
+    return module.gg.grouped_gemm is None
 
 
 def advise(config: Any) -> str:

@@ -1,10 +1,11 @@
 """The grouped products of Megatron's experts on ms_ops, in the place of the grouped_gemm package.
 
-Objects of one method, because Megatron calls `ops.gmm`.
+`PRODUCTS` and `ACCUMULATING` hold what Megatron's experts use of `grouped_gemm_util`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -55,5 +56,15 @@ def accumulating(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = Fals
     )
 
 
-PRODUCTS = SimpleNamespace(gmm=product)
-ACCUMULATING = SimpleNamespace(gmm=accumulating)
+def assert_available() -> None:
+    """Nothing to assert: no package is needed."""
+
+
+def _util(gmm: Callable[..., Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(
+        ops=SimpleNamespace(gmm=gmm), assert_grouped_gemm_is_available=assert_available
+    )
+
+
+PRODUCTS = _util(product)
+ACCUMULATING = _util(accumulating)
