@@ -27,7 +27,7 @@ What = Literal["kv", "dkv", "q", "o", "qo", "dq"]
 Kind = Literal["full", "causal", "band", "dense"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Buffer:
     """A named piece of data on a node: rows [start, stop) of what `owner` holds.
 
@@ -40,7 +40,7 @@ class Buffer:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """One message between two nodes.
 
@@ -61,7 +61,7 @@ class Transfer:
     key: Literal["", "k", "v"] = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A rectangle of the score matrix that one node computes in one step.
 
@@ -91,7 +91,7 @@ class Block:
     cells: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What a node does in one step, in this order.
 

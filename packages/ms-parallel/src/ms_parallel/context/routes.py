@@ -65,13 +65,12 @@ class Piece:
     """Rows of an owner's keys and values that travel together, and the steps that need them."""
 
     owner: int
-    start: int
-    stop: int
     stops: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
 
-    def buffer(self, what: Literal["kv", "dkv"]) -> Buffer:
-        """Return the buffer that holds it."""
-        return Buffer(what, self.owner, self.start, self.stop)
+    def buffers(self, what: Literal["kv", "dkv"]) -> tuple[Buffer, ...]:
+        """Return the buffers that hold it."""
+        return tuple(Buffer(what, self.owner, start, stop) for start, stop in self.rows)
 
 
 def ring_programs(
@@ -94,7 +93,7 @@ def ring_programs(
         tiles = _cut(tiles, pieces)
     else:
         everyone = tuple(range(ring.size))
-        pieces = [Piece(o, 0, n, everyone) for o, n in enumerate(lengths) if n]
+        pieces = [Piece(o, everyone, ((0, n),)) for o, n in enumerate(lengths) if n]
     blocks = {
         (ring.visit(o, f), f): tiles.blocks(ring.visit(o, f), o)
         for o in range(ring.size)
@@ -112,23 +111,23 @@ def ring_programs(
 
 
 def _forward(schedule: Schedule, ring: Ring, piece: Piece, keep: Keep) -> None:
-    buffer = piece.buffer("kv")
+    buffers = piece.buffers("kv")
     until = {f: f for f in piece.stops}
     for source, target, level in ring.links(piece.stops):
         post = ring.start(source, target, level)
         ends = ring.visit(piece.owner, source), ring.visit(piece.owner, target)
-        schedule.hops.append(Hop(*ends, post, target, buffer, level))
+        schedule.hops.append(Hop(*ends, post, target, buffers, level))
         until[source] = max(until[source], target - 1)
     for f in piece.stops[:-1]:
         at = ring.visit(piece.owner, f), until[f]
         if keep == "last" or f == piece.stops[-2]:
-            schedule.free[at].append(buffer)
+            schedule.free[at] += buffers
         elif keep == "k":
-            schedule.free_v[at].append(buffer)
+            schedule.free_v[at] += buffers
 
 
 def _backward(schedule: Schedule, ring: Ring, piece: Piece, keep: Keep) -> None:
-    last = ring.size - 1
+    last, keys, sums = ring.size - 1, piece.buffers("kv"), piece.buffers("dkv")
     stops = [last - f for f in reversed(piece.stops)]
     node = {t: ring.visit(piece.owner, last - t) for t in stops}
     until = {t: t for t in stops}
@@ -138,17 +137,16 @@ def _backward(schedule: Schedule, ring: Ring, piece: Piece, keep: Keep) -> None:
         key: Literal["", "v"] = "v" if keep == "k" and target != stops[1] else ""
         # Home at once: one node may be the last of many, and the owner has room for its own.
         post = source if target == last else ring.start(source, target, level)
-        hop = Hop(node[source], node[target], post, target, piece.buffer("kv"), level, key)
+        hop = Hop(node[source], node[target], post, target, keys, level, key)
         schedule.hops.append(hop)
         until[source] = max(until[source], target - 1)
     for t in stops:
-        schedule.free[node[t], until[t]].append(piece.buffer("kv"))
+        schedule.free[node[t], until[t]] += keys
     for a, b in pairwise(stops):
         inner: Level = "inner" if a // ring.window == b // ring.window else "outer"
         level = "ring" if ring.window == 1 else inner
-        sums = piece.buffer("dkv")
         schedule.hops.append(Hop(node[a], node[b], a + 1, b, sums, level, after=True))
-        schedule.free[node[a], b].append(sums)
+        schedule.free[node[a], b] += sums
 
 
 def _needed(tiles: Tiles, ring: Ring, owner: int) -> list[Piece]:
@@ -164,23 +162,24 @@ def _needed(tiles: Tiles, ring: Ring, owner: int) -> list[Piece]:
         ends.setdefault(start, []).append(f)
         ends.setdefault(stop, []).append(-f)
     count = [0] * ring.size
-    pieces: list[Piece] = []
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for at, after in pairwise(sorted(ends)):
         for f in ends[at]:
             count[abs(f)] += 1 if f > 0 else -1
         stops = (0, *(f for f in range(1, ring.size) if count[f]))
-        if pieces and pieces[-1].stops == stops:
-            pieces[-1] = Piece(owner, pieces[-1].start, after, stops)
+        same = rows.setdefault(stops, [])
+        if same and same[-1][1] == at:
+            same[-1] = same[-1][0], after
         else:
-            pieces.append(Piece(owner, at, after, stops))
-    return pieces
+            same.append((at, after))
+    return [Piece(owner, stops, tuple(parts)) for stops, parts in rows.items()]
 
 
 def _cut(tiles: Tiles, pieces: Iterable[Piece]) -> Tiles:
     """Cut the tiles where pieces begin, so that the keys of a block lie in one piece."""
     cuts = set()
     for piece in pieces:
+        begins = [start for start, _ in piece.rows]
         for row, start, stop in tiles.nodes.segments(piece.owner):
-            if row < piece.start < row + stop - start:
-                cuts.add(start + piece.start - row)
+            cuts |= {start + at - row for at in begins if row < at < row + stop - start}
     return Tiles(tiles.nodes, tiles.mask, sorted(cuts))

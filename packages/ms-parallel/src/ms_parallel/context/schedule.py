@@ -11,14 +11,14 @@ from .plan import Block, Buffer, Program, Step, Transfer
 
 
 class Hop(NamedTuple):
-    """One buffer on its way from a node to another.
+    """Buffers of one kind on their way from a node to another.
 
     Attributes:
         src: node that sends.
         dst: node that receives.
         post: step in which both start.
         wait: step in which the receiver has it.
-        buffer: what travels.
+        buffers: what travels.
         level: link.
         key: "" for K and V together, "k" or "v" for one of them.
         after: the receiver awaits it after its blocks of that step, not before.
@@ -28,7 +28,7 @@ class Hop(NamedTuple):
     dst: int
     post: int
     wait: int
-    buffer: Buffer
+    buffers: tuple[Buffer, ...]
     level: Literal["ring", "inner", "outer"] = "ring"
     key: Literal["", "k", "v"] = ""
     after: bool = False
@@ -41,7 +41,7 @@ class Schedule:
     Attributes:
         nodes: number of nodes.
         blocks: by (node, step).
-        hops: in any order; those that agree in all but the buffer become one message.
+        hops: in any order; those that agree in all but the rows become one message.
         free: buffers by (node, step).
         free_v: likewise, of which only the values go.
     """
@@ -82,14 +82,15 @@ class Schedule:
     def _messages(self, place: Mapping[int, int]) -> list[tuple[Transfer, int, int, bool]]:
         grouped: dict[tuple[object, ...], list[Hop]] = defaultdict(list)
         for hop in self.hops:
-            grouped[hop._replace(buffer=hop.buffer.what)].append(hop)  # type: ignore[arg-type]
+            key = (*hop[:4], hop.buffers[0].what, *hop[5:])
+            grouped[key].append(hop)
         ordered = sorted(
             grouped.values(), key=lambda g: (g[0].post, g[0].wait, g[0].src, g[0].dst, g[0][4:])
         )
         out = []
         for index, hops in enumerate(ordered):
             h = hops[0]
-            buffers = tuple(sorted(hop.buffer for hop in hops))
+            buffers = tuple(sorted(buffer for hop in hops for buffer in hop.buffers))
             message = Transfer(index, h.src, h.dst, buffers, h.level, h.key)
             out.append((message, place[h.post], place[h.wait], h.after))
         return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ms_ops.checks import fail
 
@@ -160,28 +161,30 @@ def _move_keys(
 ) -> None:
     keys, sums = _rows("kv", blocks), _rows("dkv", blocks)
     at, t = task.at, task.round
-    forward.hops += [Hop(task.kv, at, t - 1, t, buffer) for buffer in keys]
+    forward.hops.append(Hop(task.kv, at, t - 1, t, keys))
     if keep == "last":
         forward.free[at, t] += keys
     elif keep == "k":
         forward.free_v[at, t] += keys
     if keep != "kv":
-        key = "v" if keep == "k" else ""
-        backward.hops += [Hop(task.kv, at, t - 1, t, b, key=key) for b in keys]  # type: ignore[arg-type]
+        key: Literal["", "v"] = "v" if keep == "k" else ""
+        backward.hops.append(Hop(task.kv, at, t - 1, t, keys, key=key))
     backward.free[at, t] += keys
-    backward.hops += [Hop(at, task.kv, t + 1, t + 1, buffer, after=True) for buffer in sums]
+    backward.hops.append(Hop(at, task.kv, t + 1, t + 1, sums, after=True))
     backward.free[at, t + 1] += sums
 
 
-def _move(schedule: Schedule, task: Task, there: list[Buffer], back: list[Buffer]) -> None:
+def _move(
+    schedule: Schedule, task: Task, there: tuple[Buffer, ...], back: tuple[Buffer, ...]
+) -> None:
     at, t = task.at, task.round
-    schedule.hops += [Hop(task.q, at, t - 1, t, buffer) for buffer in there]
+    schedule.hops.append(Hop(task.q, at, t - 1, t, there))
     schedule.free[at, t] += there
-    schedule.hops += [Hop(at, task.q, t + 1, t + 1, buffer, after=True) for buffer in back]
+    schedule.hops.append(Hop(at, task.q, t + 1, t + 1, back, after=True))
     schedule.free[at, t + 1] += back
 
 
-def _rows(what: What, blocks: Iterable[Block]) -> list[Buffer]:
+def _rows(what: What, blocks: Iterable[Block]) -> tuple[Buffer, ...]:
     """Return the rows of queries or keys that blocks of one tile use, joined."""
     keys = what in ("kv", "dkv")
     spans = sorted((b.k0, b.k1) if keys else (b.q0, b.q1) for b in blocks)
@@ -192,4 +195,4 @@ def _rows(what: What, blocks: Iterable[Block]) -> list[Buffer]:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:
             joined.append((start, stop))
-    return [Buffer(what, owner, start, stop) for start, stop in joined]
+    return tuple(Buffer(what, owner, start, stop) for start, stop in joined)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from .layout import SeqLayout
-from .mask import AttnMask
+from .mask import AttnMask, Kind
 from .plan import Block
 
 # (row, start, stop): first row in the local order, and the positions.
@@ -35,21 +35,25 @@ class Tiles:
         self.mask = mask
         self.documents = cuts if not mask.documents else sorted({*mask.documents, *cuts})
         self.segments = [cut(nodes.segments(n), self.documents) for n in range(nodes.size)]
+        self.starts = [[segment[1] for segment in segments] for segments in self.segments]
+        self.spans = [[mask.span(a, b) for _, a, b in segments] for segments in self.segments]
+        structured = mask.dense is None and mask.left is None
+        self.plain = structured and mask.right in (None, 0)
         self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
 
     def blocks(self, q_node: int, kv_node: int) -> tuple[Block, ...]:
         """Return the blocks of one node's queries and another's keys, by first row and key."""
         key = (q_node, kv_node)
         if key not in self._blocks:
-            self._blocks[key] = tuple(self._find(q_node, kv_node))
+            find = self._find_plain if self.plain else self._find
+            self._blocks[key] = tuple(find(q_node, kv_node))
         return self._blocks[key]
 
     def _find(self, q_node: int, kv_node: int) -> list[Block]:
-        keys = self.segments[kv_node]
-        starts = [k[1] for k in keys]
+        keys, starts = self.segments[kv_node], self.starts[kv_node]
         found = []
-        for row, q0, q1 in self.segments[q_node]:
-            low, high = self.mask.span(q0, q1)
+        queries = zip(self.segments[q_node], self.spans[q_node], strict=True)
+        for (row, q0, q1), (low, high) in queries:
             first = max(0, bisect_right(starts, low) - 1)
             for at in range(first, bisect_left(starts, high)):
                 column, k0, k1 = keys[at]
@@ -59,6 +63,23 @@ class Tiles:
                     rows = (row + a - q0, row + b - q0)
                     columns = (column + c - k0, column + d - k0)
                     found.append(Block(q_node, *rows, kv_node, *columns, kind, a, c, cells))
+        return found
+
+    def _find_plain(self, q_node: int, kv_node: int) -> list[Block]:
+        """Find the blocks of a causal or full mask: most plans, and all that is said above."""
+        keys, starts = self.segments[kv_node], self.starts[kv_node]
+        found = []
+        queries = zip(self.segments[q_node], self.spans[q_node], strict=True)
+        for (row, q0, q1), (low, high) in queries:
+            rows = q1 - q0
+            for at in range(bisect_left(starts, low), bisect_left(starts, high)):
+                column, k0, k1 = keys[at]
+                columns = k1 - k0
+                same = k0 == q0 and self.mask.right == 0
+                cells = rows * (rows + 1) // 2 if same else rows * columns
+                kind: Kind = "causal" if same and rows > 1 else "full"
+                ends = (row, row + rows, kv_node, column, column + columns)
+                found.append(Block(q_node, *ends, kind, q0, k0, cells))
         return found
 
 
