@@ -62,6 +62,21 @@ def test_kernel_and_mask(name):
             testing.check_fake("attention", sample(name, dtype), "npu")
 
 
+def test_what_is_too_large_for_the_kernel_is_written_out():
+    starts = torch.arange(1002, dtype=torch.int32)
+    calls = [
+        (torch.randn(1001, 1, 4), {"layout": "thd", "cu_seqlens_q": starts}),
+        (torch.randn(1, 3, 2, 770), {}),
+        (torch.randn(1, 3, 257, 4), {}),
+    ]
+    with emulated_npu() as asked_for, ms_ops.backend(attention="npu"):
+        for q, options in calls:
+            out = ms_ops.attention(q, q, q, **options)
+            with ms_ops.backend(attention="reference"):
+                torch.testing.assert_close(out, ms_ops.attention(q, q, q, **options))
+    assert asked_for == []
+
+
 @pytest.mark.parametrize("reading", ["zero", "uniform"])
 def test_rows_without_keys_whatever_the_kernel_gives_there(reading):
     with emulated_npu(Readings(empty_rows=reading)):

@@ -8,7 +8,7 @@ A sink is a factor on output and log-sum-exp, and what rows without any key give
 the documents leave both open. Not served here: dropout (ours is a function of the place, the
 kernel's of its stream; forward takes a mask, its gradient does not), ALiBi in packs. What the
 kernel refuses within a served call runs in the written-out form: ALiBi with other than equal
-lengths, a pack with queries that see no key.
+lengths, a pack with queries that see no key or of too many sequences, too many channels or heads.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from .npu_mask import Masking, masking, spare_tokens, traced
 
 LAYOUTS = {"bshd": "BSND", "sbhd": "SBH", "bhsd": "BNSD", "thd": "TND"}
 STATS = 8  # The kernel keeps eight copies of each statistic.
+# At most: channels and heads.
+WIDTH, HEADS = 768, 256
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ def _with(count: int, x: Tensor, value: float = 0.0) -> Tensor:
 
 def _prepare(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Prepared | None:
     """Return a call of the kernel, None when the written-out form has to serve."""
-    if 0 in (q.numel(), k.numel(), v.numel()):
+    heads = q.shape[1 if call.layout in ("bhsd", "thd") else 2]
+    too_large = heads > HEADS or max(q.shape[-1], v.shape[-1]) > WIDTH
+    if too_large or 0 in (q.numel(), k.numel(), v.numel()):
         return None
     how = masking(call, q, k)
     position = _position(call, q, k)
@@ -136,7 +140,6 @@ def _prepare(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Prepared | None:
     # The kernel wants Dq = Dk >= Dv; zeros in q and k change no score.
     missing = max(0, v.shape[-1] - q.shape[-1])
     operands = [_operand(t, call.layout, m) for t, m in ((q, missing), (k, missing), (v, 0))]
-    heads = q.shape[1 if call.layout in ("bhsd", "thd") else 2]
     return Prepared(
         operands[0], operands[1], operands[2], heads, keywords, version, call.scale, how
     )

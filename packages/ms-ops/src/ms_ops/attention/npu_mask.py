@@ -16,8 +16,8 @@ from .call import Call
 from .layout import PACKED, sizes
 from .pattern import allowed, whole
 
-# The compressed prefix mode takes at most this many sequences.
-PREFIXES = 32
+# How many sequences the compressed prefix mode takes at most, and how many a pack.
+PREFIXES, SEQUENCES = 32, 1000
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _packed(call: Call, q: Tensor, k: Tensor) -> Masking | None:
     ends = [ends_of(t) for t in (call.cu_q, call.cu_k)]
     lengths = [[b - a for a, b in itertools.pairwise([0, *e])] for e in ends]
     pairs = list(zip(*lengths, strict=True))
-    if any(rows and not keys for rows, keys in pairs):
+    if len(pairs) > SEQUENCES or any(rows and not keys for rows, keys in pairs):
         return None
     words: dict[str, Any] = {"actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1]}
     if not call.banded:
