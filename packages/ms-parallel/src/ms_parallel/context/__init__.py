@@ -18,6 +18,7 @@ _PUBLIC: dict[str, str] = {
     "CommCost": "cost",
     "ContextAttention": "attention",
     "DenseMask": "mask",
+    "DistributedAttention": "hosts",
     "Estimate": "timing",
     "HeadPlan": "heads",
     "Ledger": "trace",
@@ -43,6 +44,7 @@ _PUBLIC: dict[str, str] = {
     "seq_to_head": "exchange",
     "shard_batch": "documents",
     "simulate_attention": "simulate",
+    "transformers_attention": "hosts",
     "verify": "proof",
 }
 

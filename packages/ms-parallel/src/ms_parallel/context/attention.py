@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ms_ops.checks import check_choice, check_float, check_same_dtype, check_tensor, fail
 
-from .backward import backward_steps
-from .collect import to_tokens
-from .digest import check_plans, plan_key, plan_of
-from .executor import Job, make_job
-from .forward import Result, forward_steps
-from .kernels import Scoring
+from .digest import check_plans, plan_key
+from .operator import forward_op
 from .plan import AttnPlan
-from .state import needs_inputs, saved
-from .topology import CPTopology, topology_of
-from .transport import GroupTransport, Steps, Transport, run
+from .topology import CPTopology
 
 Layout = Literal["bshd", "sbhd", "thd"]
 LAYOUTS = ("bshd", "sbhd", "thd")
@@ -128,7 +121,7 @@ def context_attention(
     check_inputs((q, k, v), plan, topology.rank, layout)
     _check_options(q, plan, alibi_slopes, sink, dropout_p, dropout_rng)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, lse, _ = _forward_op(
+    out, lse, _ = forward_op(
         q, k, v, alibi_slopes, dropout_rng if dropout_p else None, sink,
         plan_key(plan), topology.key, factor, bool(alibi_sqrt), float(dropout_p), int(head_start),
         layout, bool(return_lse),
@@ -248,231 +241,5 @@ class ContextAttention(torch.nn.Module):
             layout=self.layout,
         )
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a call, as the operators receive them after the tensors."""
-
-    scale: float
-    root: bool
-    dropout_p: float
-    head_start: int
-    layout: str
-    return_lse: bool
-
-    def job(
-        self,
-        plan: AttnPlan,
-        rank: int,
-        q: Tensor,
-        slopes: Tensor | None = None,
-        rng: Tensor | None = None,
-    ) -> Job:
-        """Return the job of a rank for these inputs."""
-        scoring = Scoring(self.scale, slopes, self.root, self.dropout_p, rng, self.head_start)
-        return make_job(plan, rank, q, batch_of(q, self.layout), scoring)
-
-
-def batch_of(x: Tensor, layout: str) -> int:
-    """Return the rows of the batch."""
-    return {"bshd": x.shape[0], "sbhd": x.shape[1], "thd": 1}[layout]
-
-
-def rows_first(x: Tensor, layout: str) -> Tensor:
-    """Return `x` as [s, B, H, D], contiguous."""
-    if layout == "thd":
-        return x.unsqueeze(1).contiguous()
-    return (x.transpose(0, 1) if layout == "bshd" else x).contiguous()
-
-
-def from_rows(x: Tensor, layout: str) -> Tensor:
-    """Return [s, B, H, D] in a layout, contiguous."""
-    if layout == "thd":
-        return x.squeeze(1).contiguous()
-    return (x.transpose(0, 1) if layout == "bshd" else x).contiguous()
-
-
-def forward_of(
-    job: Job,
-    transport: Transport,
-    tensors: Sequence[Tensor],
-    sink: Tensor | None,
-    settings: Settings,
-    log: Any = None,
-) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Return (out, lse, state) of a rank, in the layout of the caller; lse is empty if unwanted."""
-    q, k, v = (rows_first(x, settings.layout) for x in tensors)
-    result: Result = yield from forward_steps(job, transport, q, k, v, sink=sink, log=log)
-    lse = result.lse.new_empty(0)
-    if settings.return_lse:
-        rows = result.lse
-        if job.exchanged:
-            parts = (rows.unsqueeze(-1),)
-            rows = (yield from to_tokens(job, transport, parts, job.ranges[:1]))[0].squeeze(-1)
-        thd = settings.layout == "thd"
-        # The state holds the log-sum-exp too: outputs of an operator do not share memory.
-        lse = (rows.squeeze(1) if thd else rows.permute(1, 2, 0)).clone(
-            memory_format=torch.contiguous_format
-        )
-    return from_rows(result.out, settings.layout), lse, list(result.state)
-
-
-def backward_of(
-    job: Job,
-    transport: Transport,
-    dout: Tensor,
-    out: Tensor | None,
-    inputs: Sequence[Tensor | None],
-    state: Sequence[Tensor],
-    sink: Tensor | None,
-    layout: str,
-    log: Any = None,
-) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Return (dq, dk, dv, dsink) of a rank, in the layout of the caller."""
-    given = [None if x is None else rows_first(x, layout) for x in (dout, out, *inputs)]
-    assert given[0] is not None
-    q, k, v = given[2:]
-    grads = yield from backward_steps(
-        job, transport, given[0], given[1], (q, k, v), state, sink=sink, log=log
-    )
-    dq, dk, dv = (from_rows(g, layout) for g in (grads.q, grads.k, grads.v))
-    return dq, dk, dv, grads.sink
-
-
-def keeps(job: Job) -> tuple[bool, bool, bool]:
-    """Return whether backward needs (queries, keys and values, output) as this process has them."""
-    queries, keys = needs_inputs(job)
-    return queries, keys, not job.exchanged
-
-
-@torch.library.custom_op(
-    "ms_parallel::context_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor? rng, Tensor? sink, str plan,"
-    " str topology, float scale, bool root, float dropout_p, int head_start, str layout,"
-    " bool return_lse) -> (Tensor, Tensor, Tensor[])",
-)
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    rng: Tensor | None,
-    sink: Tensor | None,
-    plan: str,
-    topology: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    settings, groups = Settings(*rest), topology_of(topology)
-    job = settings.job(plan_of(plan), groups.rank, q, slopes, rng)
-    steps = forward_of(job, GroupTransport(groups), (q, k, v), sink, settings, groups.log)
-    return run(steps)
-
-
-@_forward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    rng: Tensor | None,
-    sink: Tensor | None,
-    plan: str,
-    topology: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    settings = Settings(*rest)
-    batch = batch_of(q, settings.layout)
-    job = make_job(plan_of(plan), topology_of(topology).rank, q, batch)
-    tokens, heads = job.plan.layout.length(job.rank), job.plan.heads.q_heads
-    shape: tuple[int, ...] = (0,)
-    if settings.return_lse:
-        shape = (tokens, heads) if settings.layout == "thd" else (batch, heads, tokens)
-    lse = q.new_empty(shape, dtype=job.shapes.sums)
-    state = [q.new_empty(item.shape, dtype=item.dtype) for item in saved(job)]
-    return q.new_empty([*q.shape[:-1], v.shape[-1]]), lse, state
-
-
-@torch.library.custom_op(
-    "ms_parallel::context_attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? out, Tensor[] state,"
-    " Tensor? slopes, Tensor? rng, Tensor? sink, str plan, str topology, float scale, bool root,"
-    " float dropout_p, int head_start, str layout, bool return_lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
-    dout: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor | None,
-    state: Sequence[Tensor],
-    slopes: Tensor | None,
-    rng: Tensor | None,
-    sink: Tensor | None,
-    plan: str,
-    topology: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings, groups = Settings(*rest), topology_of(topology)
-    job = settings.job(plan_of(plan), groups.rank, dout, slopes, rng)
-    steps = backward_of(
-        job, GroupTransport(groups), dout, out, (q, k, v), state, sink, settings.layout, groups.log
-    )
-    dq, dk, dv, dsink = run(steps)
-    return dq, dk, dv, dout.new_empty(0) if dsink is None else dsink
-
-
-@_backward_op.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor | None,
-    state: Sequence[Tensor],
-    slopes: Tensor | None,
-    rng: Tensor | None,
-    sink: Tensor | None,
-    plan: str,
-    topology: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = plan_of(plan)
-    before = list(dout.shape[:-2])
-    heads, (d, dv) = found.heads, found.head_dims
-    shapes = ((heads.q_heads, d), (heads.kv_heads, d), (heads.kv_heads, dv))
-    dq, dk, dw = (dout.new_empty([*before, *shape]) for shape in shapes)
-    dsink = dout.new_empty(0) if sink is None else sink.new_empty(sink.shape)
-    return dq, dk, dw, dsink
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    q, k, v, slopes, rng, sink, plan, topology, *rest = inputs
-    out, _, state = output
-    ctx.set_materialize_grads(False)
-    ctx.plan = plan_of(plan)  # Alive as long as backward may need it.
-    ctx.names, ctx.rest = (plan, topology), rest
-    ctx.like = out
-    job = make_job(ctx.plan, topology_of(topology).rank, q, batch_of(q, Settings(*rest).layout))
-    queries, keys, output_too = keeps(job)
-    ctx.save_for_backward(
-        q if queries else None, k if keys else None, v if keys else None,
-        out if output_too else None, slopes, rng, sink, *state,
-    )  # fmt: skip
-
-
-def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q, k, v, out, slopes, rng, sink, *state = ctx.saved_tensors
-    dout = torch.zeros_like(ctx.like) if dout is None else dout
-    dq, dk, dv, dsink = _backward_op(
-        dout, q, k, v, out, state, slopes, rng, sink, *ctx.names, *ctx.rest
-    )
-    needed = (dq, dk, dv, None, None, dsink if sink is not None else None)
-    return (*needed, *(None for _ in range(2 + len(ctx.rest))))
-
-
-_forward_op.register_autograd(_grad, setup_context=_save)
 
 __all__ = ["ContextAttention", "context_attention"]

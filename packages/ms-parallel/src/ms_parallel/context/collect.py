@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .exchange import Interval, pack_heads, pack_rows, unpack_heads, unpack_rows, widths
+from .heads import Interval
+from .pack import pack_heads, pack_rows, unpack_heads, unpack_rows, widths
 from .store import Piece
 from .transport import Steps, Transport
 

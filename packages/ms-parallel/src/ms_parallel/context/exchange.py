@@ -1,15 +1,14 @@
-"""Tokens for heads: the exchange inside a node, for any lengths and numbers of heads.
+"""Tokens for heads: the exchange of a group, for any lengths and numbers of heads.
 
-Before it, a place holds some tokens with all heads; after it, all tokens of the node with some of
-the heads. One all-to-all with split sizes moves everything; places whose ranges of heads overlap
-each get a copy, and the way back adds the copies up.
+Before it, a rank holds some tokens with all heads; after it, all tokens with some of the heads.
+One all-to-all with split sizes moves everything; ranks whose ranges of heads overlap each get a
+copy, and the way back adds the copies up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -17,150 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ms_ops.checks import fail
-from ms_ops.device import compute_dtype
 
+from .heads import Interval
 from .topology import group_of, remember
 
-Interval = tuple[int, int]
 Restore = Callable[[Tensor], Tensor]
-# (row at the node, row at the place, number of rows)
-Move = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Places:
-    """The tokens of a node's places, and where they stand in the node's order.
-
-    Attributes:
-        moves: for every place the runs of its rows.
-        me: the place of this process.
-    """
-
-    moves: tuple[tuple[Move, ...], ...]
-    me: int
-
-    @property
-    def counts(self) -> list[int]:
-        """Number of tokens of every place."""
-        return [sum(n for _, _, n in moves) for moves in self.moves]
-
-    @property
-    def in_order(self) -> bool:
-        """Whether place after place is the order of the node."""
-        at = [move for moves in self.moves for move in moves]
-        return all(a[0] + a[2] == b[0] for a, b in pairwise(at))
-
-
-def in_sequence(counts: Sequence[int], me: int) -> Places:
-    """Return places that hold the tokens of a node one after the other."""
-    starts = accumulate(counts, initial=0)
-    return Places(tuple(((s, 0, n),) for s, n in zip(starts, counts, strict=False)), me)
-
-
-def pack_heads(parts: Sequence[Tensor], ranges: Sequence[Sequence[Interval]]) -> Tensor:
-    """Return what a place sends: for each place, of each tensor the heads that it gets.
-
-    Args:
-        parts: tensors [s, B, H, D] with their own numbers of heads and channels.
-        ranges: for each of them the range of heads of every place.
-    """
-    pieces = [
-        part[:, :, slice(*part_ranges[u])].reshape(-1)
-        for u in range(len(ranges[0]))
-        for part, part_ranges in zip(parts, ranges, strict=True)
-    ]
-    return torch.cat(pieces)
-
-
-def unpack_heads(
-    flat: Tensor, places: Places, rows: Sequence[tuple[int, int, int]]
-) -> list[Tensor]:
-    """Return the node's tensors [Sn, B, h, D] from what all places sent.
-
-    Args:
-        flat: place after place, of each tensor its tokens with this place's heads.
-        places: whose tokens go where.
-        rows: (B, h, D) of each tensor.
-    """
-    total = sum(places.counts)
-    if len(rows) == 1 and places.in_order:
-        return [flat.view(total, *rows[0])]
-    out = [flat.new_empty((total, *row)) for row in rows]
-    at = 0
-    for moves, count in zip(places.moves, places.counts, strict=True):
-        for whole, row in zip(out, rows, strict=True):
-            size = count * row[0] * row[1] * row[2]
-            piece = flat[at : at + size].view(count, *row)
-            for there, here, n in moves:
-                whole[there : there + n] = piece[here : here + n]
-            at += size
-    return out
-
-
-def pack_rows(parts: Sequence[Tensor], places: Places) -> Tensor:
-    """Return what a place sends back: for each place its tokens of every node tensor.
-
-    Tensors of different dtypes are packed as bytes.
-    """
-    if len(parts) == 1 and places.in_order:
-        return parts[0].reshape(-1)
-    mixed = len({part.dtype for part in parts}) > 1
-    pieces = [
-        _bytes(part[there : there + n].reshape(-1), mixed)
-        for moves in places.moves
-        for part in parts
-        for there, _, n in sorted(moves, key=lambda move: move[1])
-    ]
-    return torch.cat(pieces) if pieces else _bytes(parts[0].new_empty(0), mixed)
-
-
-def _bytes(x: Tensor, mixed: bool) -> Tensor:
-    return x.view(torch.uint8) if mixed else x
-
-
-def unpack_rows(
-    flat: Tensor,
-    count: int,
-    rows: Sequence[tuple[int, int, int]],
-    ranges: Sequence[Sequence[Interval]],
-    dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
-    """Return a place's tensors [s, B, H, D]; heads that several places had are summed.
-
-    Args:
-        flat: place after place, of each tensor this place's tokens with that place's heads.
-        count: s.
-        rows: (B, H, D) of each tensor.
-        ranges: for each of them the range of heads of every place.
-        dtypes: of each tensor on its way; sums are in its compute dtype.
-    """
-    out = []
-    for row, part_ranges, dtype in zip(rows, ranges, dtypes, strict=True):
-        shared = sum(b - a for a, b in part_ranges) > row[1]
-        wide = compute_dtype(dtype) if shared else dtype
-        make = flat.new_zeros if shared else flat.new_empty
-        out.append(make((count, *row), dtype=wide))
-    at = 0
-    for u in range(len(ranges[0])):
-        for whole, part_ranges, dtype in zip(out, ranges, dtypes, strict=True):
-            a, b = part_ranges[u]
-            into = whole[:, :, a:b]
-            size = into.numel() * (1 if flat.dtype == dtype else dtype.itemsize)
-            piece = flat[at : at + size]
-            # A copy of its own is aligned for the wider dtype.
-            piece = piece if flat.dtype == dtype else piece.clone().view(dtype)
-            if whole.dtype == dtype and sum(d - c for c, d in part_ranges) == whole.shape[2]:
-                into.copy_(piece.view(into.shape))
-            else:
-                into.add_(piece.view(into.shape))
-            at += size
-    return out
-
-
-def widths(ranges: Sequence[Sequence[Interval]], sizes: Sequence[int]) -> list[int]:
-    """Return what a token takes over all tensors at every place; `sizes` is what a head takes."""
-    columns = zip(*ranges, strict=True)
-    return [sum((b - a) * d for (a, b), d in zip(places, sizes, strict=True)) for places in columns]
 
 
 def seq_to_head(
@@ -301,28 +161,14 @@ def _rows_first(x: Tensor, seq_dim: int, head_dim: int) -> tuple[Tensor, Restore
     moved = x.permute(order)
     sizes = list(moved.shape)
     split = 1 + len(before)
-    rows = (
-        moved.reshape(sizes[0], _product(sizes[1:split]), sizes[split], -1)
-        if x.numel()
-        else (
-            moved.reshape(
-                sizes[0], _product(sizes[1:split]), sizes[split], _product(sizes[split + 1 :])
-            )
-        )
-    )
+    shape = (sizes[0], prod(sizes[1:split]), sizes[split], prod(sizes[split + 1 :]))
+    rows = moved.reshape(shape)
 
     def restore(y: Tensor) -> Tensor:
         shape = [y.shape[0], *sizes[1:split], y.shape[2], *sizes[split + 1 :]]
         return y.reshape(shape).permute([order.index(i) for i in range(x.dim())]).contiguous()
 
     return rows, restore
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 @torch.library.custom_op("ms_parallel::all_to_all", mutates_args=())

@@ -16,9 +16,10 @@ from torch import Tensor
 from ms_ops.checks import fail
 from ms_ops.device import compute_dtype
 
-from .exchange import Interval, Move, Places
+from .heads import Interval
 from .kernels import Scoring, expansion
-from .lower import Call, Direction, Rows, lower
+from .lower import Call, Direction, Rows, lower, notes
+from .pack import Move, Places
 from .plan import AttnPlan, Buffer, Transfer
 from .store import PARTS, Entry, Piece, Pool, Shapes, Slot, Store, manifest
 from .trace import Event, Log
@@ -71,6 +72,13 @@ class Job:
 
     def places(self) -> Places:
         """Return where the tokens of the node's places stand in its order."""
+        known, key = notes(self.plan), ("places", self.rank)
+        if key not in known:
+            known[key] = self._places()
+        found: Places = known[key]
+        return found
+
+    def _places(self) -> Places:
         plan, first = self.plan, self.node * self.plan.ulysses
         whole = plan.nodes.segments(self.node)
         moves: list[tuple[Move, ...]] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ms_ops.attention import MaskSpec, attention, attention_backward, attention_merge
+from ms_ops.device import upcast
 
 from .heads import HeadPlan
 from .lower import Call
@@ -71,6 +72,7 @@ def expansion(heads: HeadPlan, place: int, device: torch.device) -> Tensor | Non
 
 def attend(call: Call, how: Scoring, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return (out [n, B, h, Dv], lse [n, B, h]) of a call."""
+    q, k, v = _unrounded(q, k, v)
     k, v = (_expanded(t, how.expand) for t in (k, v))
     options = _options(call, how)
     if call.cu_q is None:
@@ -92,7 +94,7 @@ def attend_backward(
         tensors: dout, q, k, v and out, rows first; `out` over all keys.
         lse: [n, B, h], over all keys.
     """
-    dout, q, k, v, out = tensors
+    dout, q, k, v, out = _unrounded(*tensors)
     kv_shapes = (k.shape, v.shape)
     k, v = (_expanded(t, how.expand) for t in (k, v))
     options = _options(call, how)
@@ -133,6 +135,14 @@ def _options(call: Call, how: Scoring) -> dict[str, Any]:
         options |= {"dropout_p": how.dropout_p, "dropout_rng": how.rng}
         options["head_start"] = how.head_start
     return options
+
+
+def _unrounded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Upcast what a CPU computes with: its kernels do so anyway, and then round what they return.
+
+    Other devices' kernels round each partial result to the dtype of their inputs.
+    """
+    return tuple(map(upcast, tensors)) if tensors[0].device.type == "cpu" else tensors
 
 
 def _expanded(x: Tensor, index: Tensor | None) -> Tensor:

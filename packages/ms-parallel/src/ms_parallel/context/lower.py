@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 from weakref import finalize
 
 import torch
@@ -116,7 +116,16 @@ class NodeProgram:
         }
 
 
-_LOWERED: dict[int, dict[tuple[object, ...], NodeProgram]] = {}
+_NOTES: dict[int, dict[Any, Any]] = {}
+
+
+def notes(plan: AttnPlan) -> dict[Any, Any]:
+    """Return what has been worked out for a plan, as long as the plan lives."""
+    known = _NOTES.get(id(plan))
+    if known is None:
+        known = _NOTES[id(plan)] = {}
+        finalize(plan, _NOTES.pop, id(plan), None)
+    return known
 
 
 def lower(
@@ -131,10 +140,7 @@ def lower(
         device: where the lengths of packed sequences are needed.
         by_position: scores or dropout depend on positions.
     """
-    known = _LOWERED.get(id(plan))
-    if known is None:
-        known = _LOWERED[id(plan)] = {}
-        finalize(plan, _LOWERED.pop, id(plan), None)
+    known = notes(plan)
     key = (direction, node, device, by_position)
     if key not in known:
         program: Program = getattr(plan, direction)
@@ -145,7 +151,8 @@ def lower(
                 for step in program.steps[node]
             )
         known[key] = NodeProgram(node, program, steps, _due(program))
-    return known[key]
+    found: NodeProgram = known[key]
+    return found
 
 
 def _due(program: Program) -> tuple[int, ...]:
@@ -310,4 +317,4 @@ def _rows(owner: int, ranges: Sequence[tuple[int, int]], device: torch.device) -
     return Rows(owner, tuple(joined), index)
 
 
-__all__ = ["Call", "LoweredStep", "NodeProgram", "Rows", "lower"]
+__all__ = ["Call", "LoweredStep", "NodeProgram", "Rows", "lower", "notes"]

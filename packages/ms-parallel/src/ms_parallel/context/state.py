@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from .lower import notes
 from .store import PARTS, Entry, Piece, Slot, Store, manifest
 
 if TYPE_CHECKING:
@@ -52,12 +53,24 @@ def needs_inputs(job: Job) -> tuple[bool, bool]:
         return False, job.plan.kv_keep == "pre"
     if job.plan.forward.gather:
         return True, job.plan.kv_keep != "kv"
-    store, _ = remaining(job)
-    return True, bool(store.pieces("k", job.node))
+    known, key = notes(job.plan), ("keys", job.rank)
+    if key not in known:
+        known[key] = bool(remaining(job)[0].pieces("k", job.node))
+    return True, known[key]
 
 
 def saved(job: Job) -> tuple[Saved, ...]:
     """Return the state that a rank keeps, in order."""
+    if type(job.shapes.batch) is not int:
+        return _saved(job)  # Traced with a size that is not known.
+    known, key = notes(job.plan), ("saved", job.rank, job.shapes)
+    if key not in known:
+        known[key] = _saved(job)
+    found: tuple[Saved, ...] = known[key]
+    return found
+
+
+def _saved(job: Job) -> tuple[Saved, ...]:
     shapes, rows = job.shapes, job.rows
     found = []
     if job.exchanged:

@@ -16,8 +16,9 @@ _KNOWN: dict[str, CPTopology] = {}
 class CPTopology:
     """P ranks of a group as R = P / U nodes of U consecutive ranks.
 
-    Rank c of the group is place c % U of node c // U. Sub-groups are made when they are first
-    needed, by their members alone.
+    Rank c of the group is place c % U of node c // U. All ranks make it together. The groups of a
+    node and of a ring are made when they are first needed, by their members alone; torch then
+    needs every member to be in equally many groups. Hand them in where that is not so.
 
     Args:
         group: a process group, or a one-dimensional `DeviceMesh`; None for the default group.
@@ -28,6 +29,7 @@ class CPTopology:
             in order sends and receives at the same time.
         head_group: the ranks of this node in order, if such a group exists.
         ring_group: the ranks of this place in all nodes in order, likewise.
+        twin_group: a second group of all ranks for "dual_group", likewise.
         check_plans: compare every plan with those of the other ranks at its first use, so that
             different ones are an error instead of a hang.
 
@@ -49,6 +51,7 @@ class CPTopology:
         *,
         head_group: Any = None,
         ring_group: Any = None,
+        twin_group: Any = None,
         check_plans: bool = False,
     ) -> None:
         self.group = _process_group(group)
@@ -61,6 +64,11 @@ class CPTopology:
         self.ring = self.size // ulysses
         self.node, self.place = divmod(self.rank, ulysses)
         self._given = (head_group, ring_group)
+        # By parity of the sender. Made now, by all: a rank without messages never needs it.
+        twin = self.group
+        if p2p == "dual_group" and self.size > 1:
+            twin = self._new_group(self._global) if twin_group is None else twin_group
+        self.pair_groups = (self.group, twin)
         self.check_plans = check_plans
         self.checked: set[str] = set()
         self.ledger = Ledger()
@@ -111,11 +119,6 @@ class CPTopology:
     def ring_group(self) -> Any:
         """The group of the ranks with this rank's place, one a node."""
         return self._sub_group(self._given[1], range(self.place, self.size, self.ulysses))
-
-    @cached_property
-    def pair_groups(self) -> tuple[Any, Any]:
-        """Two groups over all ranks: the given one, and a twin with its own communicator."""
-        return self.group, self._new_group(self._global)
 
     def _sub_group(self, given: Any, ranks: range) -> Any:
         if given is not None:
