@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ms_ops import comm, opdef
 from ms_ops.testing import DTYPES
@@ -154,6 +155,24 @@ def block(x, w1, w2, w3, gamma, experts, group, alone):
     return normed.sum() + back.square().sum()
 
 
+def pair(x, w1, w2, group):
+    """Two operators whose sizes change from call to call."""
+    wide = comm.all_gather_matmul(x, w1, group, transpose_b=True)
+    return comm.matmul_reduce_scatter(wide, w2, group)
+
+
+def resized(tensors, group):
+    """What is wrong with one graph for all numbers of rows."""
+    torch._dynamo.reset()
+    counter, wrong = CompileCounterWithBackend("aot_eager"), []
+    traced = torch.compile(pair, fullgraph=True, dynamic=True, backend=counter)
+    for repeats in (2, 3):
+        args = (tensors[0].detach().repeat(repeats, 1), *tensors[1:3], group)
+        if not torch.allclose(traced(*args), pair(*args), atol=1e-5):
+            wrong.append(f"{repeats} times the rows: another result")
+    return wrong + ["compiled again"] * (counter.frame_count - 1)
+
+
 def compiled(rank, size):
     """One graph of everything, forward and backward: its nodes, and how far it is from eager."""
     generator = torch.Generator().manual_seed(rank)
@@ -167,12 +186,12 @@ def compiled(rank, size):
         return graph.forward
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    traced = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    traced = torch.compile(block, fullgraph=True, backend=backend)
     losses = [f(*tensors, group, alone) for f in (block, traced)]
     grads = [torch.autograd.grad(loss, tensors) for loss in losses]
     far = [(a - b).abs().max().item() for a, b in zip(*grads, strict=True)]
     far.append((losses[0] - losses[1]).abs().item() / 100)
-    checked = []
+    checked = resized(tensors, group)
     for op in opdef.OPERATORS.keys() & OPERATORS.keys():
         test = OPERATORS[op]
         sizes, groups = World(rank, size).of(test)[0]

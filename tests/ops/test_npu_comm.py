@@ -48,7 +48,7 @@ def values(rank, size, dtypes):
     return wrong, ran, names
 
 
-@pytest.mark.parametrize(("size", "dtypes"), [(2, DTYPES), (4, DTYPES[:1])], ids=["2", "4"])
+@pytest.mark.parametrize(("size", "dtypes"), [(2, DTYPES[:1]), (4, DTYPES[1:])], ids=["2", "4"])
 def test_values_gradients_and_fakes(size, dtypes):
     for wrong, ran, names in run_ranks(values, size, dtypes, timeout=120):
         assert wrong == []
