@@ -43,6 +43,7 @@ FEATURE = Feature(
             target=f"{_CLASS}.sharded_param_state_fully_reshardable",
             kind="wrap",
             value=f"{_HERE}:wrap_fully_reshardable",
+            probe=f"{_HERE}:counts_padding",
             versions=">=0.15,<0.17",
             reason="It looks parameters up at places that count the padding between buckets, in "
             "tensors that have none: from the second bucket on the saved values are shifted.",
@@ -54,6 +55,12 @@ FEATURE = Feature(
 def uses_torch_adam(module: Any) -> bool:
     """Neither TransformerEngine nor Apex brought a fused Adam."""
     return not module.HAVE_APEX_OR_TE
+
+
+def counts_padding(module: Any) -> bool:
+    """The format finds parameters by their places in the padded gradient buffer."""
+    save = module.DistributedOptimizer.sharded_param_state_fully_reshardable
+    return "param_index_map" in save.__code__.co_names
 
 
 def wrap_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
