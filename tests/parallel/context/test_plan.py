@@ -208,6 +208,30 @@ def test_wrong_plans_are_caught(mutant, name):
     assert made >= 3
 
 
+def test_wrong_heads_and_nodes_are_caught():
+    plan = plan_attention(
+        SeqLayout.zigzag(24, 4), AttnMask(), heads=(24, 6), head_dims=(4, 4), algorithm="ulysses"
+    )
+    verify(plan)
+    right = plan.heads
+    assert right.kv == ((0, 2), (1, 3), (3, 5), (4, 6))
+    even = (
+        (0, 2),
+        (2, 4),
+        (4, 5),
+        (5, 6),
+    )  # split as evenly as the query heads: not what they read
+    for wrong in (
+        replace(plan, heads=replace(right, kv=even)),
+        replace(plan, heads=replace(right, kv=right.kv[:3])),
+        replace(plan, heads=replace(right, q=((0, 6), (6, 12), (12, 17), (18, 24)))),
+        replace(plan, nodes=SeqLayout.from_segments([[(4, 24), (0, 4)]])),
+        replace(plan, ulysses=2),
+    ):
+        with pytest.raises(PlanError):
+            verify(wrong)
+
+
 def test_the_race_of_the_two_level_ring_is_caught():
     # The outer message still reads what the inner ring receives into: freed a step too early.
     plan = plan_attention(SeqLayout.zigzag(64, 8), AttnMask.causal(), **HEADS, window=4)

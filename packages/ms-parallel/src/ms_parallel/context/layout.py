@@ -77,7 +77,7 @@ class SeqLayout:
         turn = 0
         for start, stop in pairwise(cu_seqlens):
             base, rest = divmod(stop - start, 2 * size)
-            extra = [sum((turn + k) % size == r for k in range(rest)) for r in range(size)]
+            extra = [(rest + size - 1 - (r - turn) % size) // size for r in range(size)]
             front = [base + (e > 0) for e in extra]
             back = [base + (e > 1) for e in extra]
             ends = list(accumulate(front + back[::-1], initial=start))

@@ -22,12 +22,14 @@ class PlanError(AssertionError):
 def verify(plan: AttnPlan) -> None:
     """Raise PlanError unless the plan is right.
 
-    Every pair that the mask allows is computed exactly once, forward and backward, and no other;
-    every message is posted by both ends in the same step and awaited once, later; ends of a pair
-    post in the same order; what is sent or read is there and not freed or overwritten before; the
-    partial gradients of every key reach its owner, each once.
+    Every place has the key and value heads of its query heads, and every query head is at one
+    place; every pair that the mask allows is computed exactly once, forward and backward, and no
+    other; every message is posted by both ends in the same step and awaited once, later; ends of
+    a pair post in the same order; what is sent or read is there and not freed or overwritten
+    before; the partial gradients of every key reach its owner, each once.
     """
     try:
+        check_nodes(plan)
         for name in ("forward", "backward"):
             program: Program = getattr(plan, name)
             check_shape(plan, program)
@@ -36,6 +38,21 @@ def verify(plan: AttnPlan) -> None:
         check_data(plan)
     except AssertionError as error:
         raise PlanError(f"{plan.algorithm} plan: {error}") from error
+
+
+def check_nodes(plan: AttnPlan) -> None:
+    """Nodes are the ranks that exchange heads, and places have the heads they attend with."""
+    expect(plan.nodes == plan.layout.grouped(plan.ulysses), "nodes are not those of the layout")
+    heads = plan.heads
+    expect(len(heads.q) == len(heads.kv) == plan.ulysses, "heads without a place")
+    ends = [0, *(b for _, b in heads.q)]
+    expect(all(a == end for (a, _), end in zip(heads.q, ends, strict=False)), "query heads")
+    expect(ends == sorted(ends), "query heads")
+    group, rest = divmod(heads.q_heads, heads.kv_heads)
+    expect(rest == 0, "{} query heads, {} of keys", heads.q_heads, heads.kv_heads)
+    for place, ((a, b), (c, d)) in enumerate(zip(heads.q, heads.kv, strict=True)):
+        read = range(a // group, -(-b // group)) if a < b else range(c, c)
+        expect(read == range(c, d), "place {} has key heads {}, reads {}", place, (c, d), read)
 
 
 def check_shape(plan: AttnPlan, program: Program) -> None:
