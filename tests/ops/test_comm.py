@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import ms_ops
 from ms_ops import comm, opdef
 from ms_ops.testing import DTYPES
 from ms_ops.testing.cases.comm import OPERATORS
@@ -228,3 +229,53 @@ def repeated(rank, size):
 
 def test_two_runs_are_equal():
     assert run_ranks(repeated, 2) == [[], []]
+
+
+def gradients(test, sample, groups, rank, wanted=None, through=None):
+    """Gradients of one rank's call: of all arguments or one, through all outputs or one.
+
+    `through` is (output, others): the others get zeros, or are left out.
+    """
+    given = sample.ranks[rank]
+    names = [k for k, t in given.items() if t is not None and t.is_floating_point()]
+    leaves = {k: given[k].detach().requires_grad_() for k in names if wanted in (None, k)}
+    named = dict(zip(test.groups, groups, strict=True))
+    found = test.function(**{**given, **leaves}, **named, **sample.options)
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    generator = torch.Generator().manual_seed(5)
+    dense = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    if through is not None:
+        one, others = through
+        dense = [d if i == one else torch.zeros_like(d) for i, d in enumerate(dense)]
+        if others == "left out":
+            outputs, dense = [outputs[one]], [dense[one]]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), dense)
+    return dict(zip(leaves, grads, strict=True)), len(outputs)
+
+
+def alone(rank, size):
+    """Frozen arguments and unused outputs change nothing for the others."""
+    world, differ = World(rank, size), []
+    for number, (test, sample, groups, _) in enumerate(world.calls(torch.float64)):
+        if test.mutates is not None:
+            continue
+        ms_ops.set_backend("*", ("portable", "reference")[number % 2])
+        call = (test, sample, groups, rank)
+        whole, outputs = gradients(*call)
+        for name, grad in whole.items():
+            if not torch.equal(gradients(*call, wanted=name)[0][name], grad):
+                differ.append(f"{test.name} {sample.name} {name}")
+        for i in range(outputs if outputs > 1 else 0):
+            (zeros, _), (none, _) = (
+                gradients(*call, through=(i, others)) for others in ("zeros", "left out")
+            )
+            differ += [
+                f"{test.name} {sample.name} output {i} {k}"
+                for k in zeros
+                if not torch.allclose(zeros[k], none[k], atol=1e-12)
+            ]
+    return differ
+
+
+def test_frozen_arguments_and_unused_outputs():
+    assert run_ranks(alone, 2, timeout=120) == [[], []]

@@ -125,7 +125,7 @@ def _dispatch_backward_fake(
     tp_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     experts, _, columns = dy.shape
-    dx = dweight = dy.new_empty((0,))
+    dx, dweight = (dy.new_empty((0,)) for _ in range(2))
     if weight is not None:
         dx = _outside(dy, weight.shape[1], by_rows, ep_size, tp_size)
     if x is not None:
@@ -161,7 +161,7 @@ def _combine_backward_fake(
     experts = dy.shape[0] // ep_size
     rows = dy.shape[1] * ep_size * (tp_size if by_rows else 1)
     hidden = dy.shape[2] * (1 if by_rows else tp_size)
-    dx = dweight = dy.new_empty((0,))
+    dx, dweight = (dy.new_empty((0,)) for _ in range(2))
     if weight is not None:
         dx = dy.new_empty((experts, rows, weight.shape[1]))
     if x is not None:

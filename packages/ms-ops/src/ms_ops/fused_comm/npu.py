@@ -195,7 +195,7 @@ def grouped_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
-    dx = dweight = dy.new_empty(0)
+    dx, dweight = (dy.new_empty(0) for _ in range(2))
     if weight is not None:
         dx = groups.forward(dy, weight, offsets, None, not transposed)
     if x is not None:

@@ -150,7 +150,7 @@ def grouped_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
-    dx = dweight = dy.new_empty(0)
+    dx, dweight = (dy.new_empty(0) for _ in range(2))
     if weight is not None:
         dx = groups.forward(dy, weight, offsets, None, not transposed)
     if x is not None:
@@ -200,7 +200,7 @@ def dispatch_backward(
     """Return (dx, dweight, dbias), empty where not wanted."""
     grad = dy if activation == "none" else activate_backward(dy, z, activation)
     grad = grad if dz is None else grad + dz
-    dx = dweight = dbias = dy.new_empty(0)
+    dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
     if weight is not None:
         product = torch.bmm(grad, weight.transpose(1, 2))
         product = product if dkept is None else product + dkept
@@ -240,7 +240,7 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
     wide = compute_dtype(dy.dtype)
-    dx = dweight = dy.new_empty(0)
+    dx, dweight = (dy.new_empty(0) for _ in range(2))
     dbias = dy.new_empty(0, dtype=wide)
     own = exchange(dy, ep, ep_size)
     grad = gathered_rows(start_gather(own, tp, tp_size)(), by_rows, ep_size, tp_size)
@@ -314,7 +314,7 @@ def linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (dx, dweight) of a product, empty where the other factor is not given."""
-    dx = dweight = dy.new_empty(0)
+    dx, dweight = (dy.new_empty(0) for _ in range(2))
     if weight is not None:
         dx = dy @ (weight if transposed else weight.t())
     if x is not None:

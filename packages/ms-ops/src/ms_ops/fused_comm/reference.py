@@ -53,7 +53,7 @@ def product_backward(
     """Return (da, db, dbias), empty where not wanted; dbias in the compute dtype."""
     sides = (reduce, reduce_size) if scatter else ("", 1)
     grad = _everyone(dy, *sides).flatten(0, 1)
-    da = db = grad.new_empty(0)
+    da, db = (grad.new_empty(0) for _ in range(2))
     if b is not None:
         da = grad @ _matrix(b, transposed).t()
         da = da if dkept is None else da + dkept
@@ -104,7 +104,7 @@ def add_norm_backward(
     """Return (dx, dweight, dresidual, dgamma, dbias), empty where not wanted."""
     dnorm, dgamma = norm.backward(_wide(dnormed), _wide(y), gamma, rstd, 0.0, "fp32")
     grad = dnorm + dy
-    dx = dweight = grad.new_empty(0)
+    dx, dweight = (grad.new_empty(0) for _ in range(2))
     if weight is not None:
         dx = grad @ _matrix(weight, transposed).t()
     if x is not None:
@@ -140,7 +140,7 @@ def grouped_backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
-    dx = dweight = dy.new_empty(0)
+    dx, dweight = (dy.new_empty(0) for _ in range(2))
     dbias = _wide(dy.new_empty(0))
     if weight is not None:
         dx = groups.forward(dy, weight, offsets, None, not transposed)
@@ -188,7 +188,7 @@ def dispatch_backward(
     grad = _wide(dy)
     grad = grad if activation == "none" else activate_backward(grad, _wide(z), activation)
     grad = grad if dz is None else grad + dz
-    dx = dweight = grad.new_empty(0)
+    dx, dweight = (grad.new_empty(0) for _ in range(2))
     if weight is not None:
         rows = grad @ _wide(weight).transpose(1, 2)
         dx = _scatter_experts(rows if dkept is None else rows + dkept, None, by_rows, sides)
@@ -216,7 +216,7 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias), empty where not wanted."""
     grad = _gather_experts(dy, by_rows, sides)
-    dx = dweight = dbias = grad.new_empty(0)
+    dx, dweight, dbias = (grad.new_empty(0) for _ in range(3))
     if weight is not None:
         dx = grad @ _wide(weight).transpose(1, 2)
     if x is not None:
