@@ -94,8 +94,9 @@ def advise(
     """Return the fastest way to run an attention, by an estimate of every sensible one.
 
     First every U with a plain ring, a gather, or tasks (where tiles are empty); then, for the two
-    best, windows; then, for the best, pruned traffic and what to keep. Of those that are equally
-    fast, to three digits, the one that sends less.
+    best, windows (where messages are not hidden already); then, for the best, pruned traffic and
+    what to keep. Of those that are equally fast, to three digits, the one that keeps least for
+    backward, then the one that sends least.
 
     Args:
         layout: which process holds which tokens, or several such layouts to choose from.
@@ -187,13 +188,15 @@ def _arguments(
     }
 
 
-def _order(choice: Choice) -> tuple[float, int, str]:
-    return float(f"{choice.time.total_s:.3g}"), choice.sent_bytes, choice.name
+def _order(choice: Choice) -> tuple[float, int, int, str]:
+    seconds = float(f"{choice.time.total_s:.3g}")
+    return seconds, choice.state_bytes, choice.sent_bytes, choice.name
 
 
 def _windows(choice: Choice) -> Iterable[dict[str, Any]]:
     given = choice.arguments
-    if given["algorithm"] not in ("ring", "usp"):
+    waits = choice.time.exposed_s - choice.time.collective_s > 1e-3 * choice.time.total_s
+    if given["algorithm"] not in ("ring", "usp") or not waits:
         return []
     legal = divisors(choice.layout.size // given["ulysses"])[1:-1]
     return [{"ulysses": given["ulysses"], "window": w} for w in legal]

@@ -41,7 +41,7 @@ def plan_attention(
 ) -> AttnPlan:
     """Return the plan of an attention over the processes of `layout`.
 
-    The same arguments give the same object: plans are kept by them.
+    The same arguments give the same object: the last 32 plans are kept by them.
 
     Args:
         layout: which process holds which tokens; its size is P.
@@ -101,7 +101,7 @@ class _Route(NamedTuple):
     budget: int | None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _plan(
     layout: SeqLayout,
     mask: AttnMask,
@@ -120,7 +120,7 @@ def _plan(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _programs(nodes: SeqLayout, mask: AttnMask, route: _Route) -> tuple[Program, Program]:
     tiles = _tiles(nodes, mask)
     if route.algorithm == "allgather_kv":
@@ -131,7 +131,7 @@ def _programs(nodes: SeqLayout, mask: AttnMask, route: _Route) -> tuple[Program,
     return ring_programs(tiles, route.window, route.keep, route.pruned)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _tiles(nodes: SeqLayout, mask: AttnMask) -> Tiles:
     """Keep the tiles, which all algorithms share."""
     return Tiles(nodes, mask)
