@@ -97,7 +97,7 @@ def check_case(case, tolerance=1e-10):
     assert wrong < tolerance, f"error {wrong:.2e}"
     for logs in (record.forward_logs, record.backward_logs):
         check_trace(logs)
-        check_trace(logs, "dual_group")
+        check_trace(logs, "dual_group", case.plan.ulysses)
     check_ledgers(case, record.forward, record.backward)
 
 

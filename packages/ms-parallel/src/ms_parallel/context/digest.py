@@ -20,6 +20,7 @@ _PLANS: WeakValueDictionary[str, AttnPlan] = WeakValueDictionary()
 _KEY = "_context_key"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def plan_key(plan: AttnPlan) -> str:
     """Return the name of a plan: equal plans have the same name in every process."""
     known: str | None = plan.__dict__.get(_KEY)

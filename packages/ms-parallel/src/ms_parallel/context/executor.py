@@ -23,7 +23,7 @@ from .pack import Move, Places
 from .plan import AttnPlan, Buffer, Transfer
 from .store import PARTS, Entry, Piece, Pool, Shapes, Slot, Store, manifest
 from .trace import Event, Log
-from .transport import Handle, Message, Steps, Transport
+from .transport import Handle, Message, Steps, Transport, in_order
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ class Run:
                 slot = receives[index] = self.pool.acquire(size, dtype)
                 slot.transfer, memory = index, slot.memory[:size]
             messages.append(self._message(transfer, memory, sending))
-            self._note_message(messages[-1], slot)
+        used = receives | {transfer.index: slot for transfer, slot in sends}
+        for message in in_order(messages):
+            self._note_message(message, used[message.index])
         handles = self.transport.post(messages) if messages else {}
         self._receiving |= {index: (handles[index], slot) for index, slot in receives.items()}
         for transfer, slot in sends:

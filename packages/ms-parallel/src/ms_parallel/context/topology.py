@@ -24,9 +24,9 @@ class CPTopology:
         group: a process group, or a one-dimensional `DeviceMesh`; None for the default group.
         ulysses: U, ranks that trade tokens for heads.
         window: w, nodes of an inner ring; divides R.
-        p2p: "batched" starts the messages of a step together; "dual_group" uses two groups over
-            the same ranks, one for each parity of the sender, so that a communicator that works
-            in order sends and receives at the same time.
+        p2p: "batched" starts the messages of a step on one group; "dual_group" uses two groups
+            over the same ranks, one for each parity of the sending node, so that communicators
+            that work in order send and receive at the same time.
         head_group: the ranks of this node in order, if such a group exists.
         ring_group: the ranks of this place in all nodes in order, likewise.
         twin_group: a second group of all ranks for "dual_group", likewise.

@@ -65,12 +65,13 @@ class TraceError(AssertionError):
     """An execution broke a rule; the message says which, where and by what."""
 
 
-def check_trace(logs: Sequence[Log], p2p: str = "batched") -> None:
+def check_trace(logs: Sequence[Log], p2p: str = "batched", ulysses: int = 1) -> None:
     """Check everything that is known about a forward or backward pass.
 
     Args:
         logs: the events of every rank.
         p2p: how messages start, as in `CPTopology`.
+        ulysses: ranks of a node.
 
     Raises:
         TraceError: at the first rule that is broken.
@@ -79,7 +80,7 @@ def check_trace(logs: Sequence[Log], p2p: str = "batched") -> None:
         check_races(log, rank)
         check_overlap(log, rank)
     check_order(logs)
-    check_progress(logs, p2p)
+    check_progress(logs, p2p, ulysses)
 
 
 @dataclass
@@ -179,13 +180,13 @@ class _Batch(NamedTuple):
     messages: frozenset[tuple[int, int, int]]  # (transfer, sender, receiver)
 
 
-def check_progress(logs: Sequence[Log], p2p: str = "batched") -> None:
+def check_progress(logs: Sequence[Log], p2p: str = "batched", ulysses: int = 1) -> None:
     """Check that every message ends, also on communicators that work strictly in order.
 
-    Each rank has one queue of batches (two queues of single messages with "dual_group"). A message
-    can move when it is in the first batch of a queue at both its ends.
+    Each rank has one queue of batches, or with "dual_group" two, by the parity of the sending
+    node. A message can move when it is in the first batch of a queue at both its ends.
     """
-    queues = _queues(logs, p2p)
+    queues = _queues(logs, p2p, ulysses)
     moving = True
     while moving:
         moving = False
@@ -208,21 +209,25 @@ def check_progress(logs: Sequence[Log], p2p: str = "batched") -> None:
         raise TraceError(f"deadlock of ranks {ranks}: rank {rank} waits for transfers {waits}")
 
 
-def _queues(logs: Sequence[Log], p2p: str) -> dict[tuple[int, int], deque[_Batch]]:
+def _queues(logs: Sequence[Log], p2p: str, ulysses: int) -> dict[tuple[int, int], deque[_Batch]]:
     queues: dict[tuple[int, int], deque[_Batch]] = defaultdict(deque)
     for rank, log in enumerate(logs):
         posts = [e for e in log if e.kind in ("send", "receive")]
-        for _, group in itertools.groupby(posts, key=lambda e: (e.step, e.lane)):
-            batch = [
-                (e.transfer, rank, e.peer) if e.kind == "send" else (e.transfer, e.peer, rank)
-                for e in group
-            ]
-            if p2p == "batched":
-                queues[rank, 0].append(_Batch(frozenset(batch)))
-                continue
-            for message in batch:
-                queues[rank, message[1] % 2].append(_Batch(frozenset([message])))
+        for _, lane in itertools.groupby(posts, key=lambda e: (e.step, e.lane)):
+            batches: dict[int, set[tuple[int, int, int]]] = defaultdict(set)
+            for message in (_ends(rank, event) for event in lane):
+                sender = message[1] // ulysses
+                batches[sender % 2 if p2p == "dual_group" else 0].add(message)
+            for group, batch in batches.items():
+                queues[rank, group].append(_Batch(frozenset(batch)))
     return queues
+
+
+def _ends(rank: int, event: Event) -> tuple[int, int, int]:
+    """Return (transfer, sender, receiver)."""
+    if event.kind == "send":
+        return event.transfer, rank, event.peer
+    return event.transfer, event.peer, rank
 
 
 __all__ = [

@@ -119,40 +119,42 @@ class GroupTransport:
         return self.topology.ledger
 
     def post(self, messages: Sequence[Message]) -> dict[int, Handle]:
-        """Start messages, lane by lane; in the mode "dual_group" one by one on two groups."""
-        ordered = in_order(messages)
-        for message in ordered:
+        """Start messages lane by lane, those of a lane and a group together."""
+        for message in messages:
             if message.sends:
                 self.ledger.bytes += message.tensor.nbytes
                 self.ledger.messages += 1
-        if self.topology.p2p == "dual_group":
-            return self._post_singly(ordered)
         handles: dict[int, Handle] = {}
-        for _, lane in itertools.groupby(ordered, key=lambda m: m.lane):
-            batch = list(lane)
-            works = dist.batch_isend_irecv([self._operation(m) for m in batch])
-            if len(works) == len(batch):
-                handles |= {m.index: _Joined([w]) for m, w in zip(batch, works, strict=True)}
-            else:
-                handles |= dict.fromkeys((m.index for m in batch), _Joined(works))
+        for _, lane in itertools.groupby(in_order(messages), key=lambda m: m.lane):
+            by_group: tuple[list[Message], list[Message]] = ([], [])
+            for message in lane:
+                by_group[self._group(message)].append(message)
+            for group, batch in zip(self.topology.pair_groups, by_group, strict=True):
+                handles |= self._start(batch, group) if batch else {}
         return handles
 
-    def _operation(self, message: Message) -> dist.P2POp:
-        call = dist.isend if message.sends else dist.irecv
-        peer = self.topology.global_rank(message.peer)
-        return dist.P2POp(call, message.tensor, peer, self.topology.group)
+    def _group(self, message: Message) -> int:
+        """Return which group a message takes: with two of them, that of its sender's parity."""
+        if self.topology.p2p == "batched":
+            return 0
+        node = self.topology.node
+        return (node if message.sends else self.topology.node_of(message.peer)) % 2
 
-    def _post_singly(self, ordered: Sequence[Message]) -> dict[int, Handle]:
-        """Nodes of even number send first; what an even node sends goes over the first group."""
-        even = self.topology.node % 2 == 0
-        handles: dict[int, Handle] = {}
-        for message in sorted(ordered, key=lambda m: m.sends != even):
-            sender = self.topology.node if message.sends else self.topology.node_of(message.peer)
-            call = dist.isend if message.sends else dist.irecv
-            group = self.topology.pair_groups[sender % 2]
-            peer = self.topology.global_rank(message.peer)
-            handles[message.index] = _Joined([call(message.tensor, peer, group=group)])
-        return handles
+    def _start(self, batch: Sequence[Message], group: Any) -> dict[int, Handle]:
+        operations = [
+            dist.P2POp(
+                dist.isend if message.sends else dist.irecv,
+                message.tensor,
+                self.topology.global_rank(message.peer),
+                group,
+            )
+            for message in batch
+        ]
+        works = dist.batch_isend_irecv(operations)
+        if len(works) == len(batch):
+            return {m.index: _Joined([w]) for m, w in zip(batch, works, strict=True)}
+        joined = _Joined(works)
+        return {m.index: joined for m in batch}
 
     def all_to_all(
         self, over: Over, out: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
