@@ -72,10 +72,10 @@ def random_options(seed, heads):
     """Return options of `context_attention`: biases and dropout by position, or none."""
     rng = random.Random(seed)
     options = {}
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         options["alibi_slopes"] = torch.linspace(0.1, 0.9, heads)
         options["alibi_sqrt"] = rng.random() < 0.5
-    if rng.random() < 0.3:
+    if rng.random() < 0.1:
         options |= {"dropout_p": 0.3, "dropout_rng": torch.tensor([seed + 1, 7])}
         options["head_start"] = rng.choice((0, 3))
     if rng.random() < 0.2:

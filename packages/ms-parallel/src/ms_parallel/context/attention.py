@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ms_ops.checks import check_choice, check_float, check_same_dtype, check_tensor, fail
+from ms_ops.device import autocast_dtype
 
 from .digest import check_plans, plan_key
 from .operator import forward_op
@@ -116,6 +117,9 @@ def context_attention(
             and offset, a plan for other groups.
     """
     _check_groups(plan, topology)
+    cast = autocast_dtype(q.device.type)
+    if cast is not None:
+        q, k, v = (t.to(cast) for t in (q, k, v))
     if topology.check_plans:
         check_plans(plan, topology, q.device)
     check_inputs((q, k, v), plan, topology.rank, layout)

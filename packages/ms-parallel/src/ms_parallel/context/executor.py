@@ -116,9 +116,18 @@ def make_job(
         bounds=(plan.mask.left, plan.mask.right),
         slopes=None if scoring.slopes is None else scoring.slopes[q0:q1],
         head_start=scoring.head_start + q0,
-        expand=expansion(plan.heads, place, like.device),
+        expand=_expansion(plan, place, like.device),
     )
     return Job(plan, rank, shapes, own, like.device)
+
+
+def _expansion(plan: AttnPlan, place: int, device: torch.device) -> Tensor | None:
+    known, key = notes(plan), ("expand", place, device)
+    if key not in known:
+        with torch.inference_mode(False):
+            known[key] = expansion(plan.heads, place, device)
+    found: Tensor | None = known[key]
+    return found
 
 
 def _grad_dtype(plan: AttnPlan, dtype: torch.dtype) -> torch.dtype:

@@ -143,7 +143,9 @@ def forward_op(
     settings, groups = Settings(*rest), topology_of(topology)
     job = settings.job(plan_of(plan), groups.rank, q, slopes, rng)
     steps = forward_of(job, GroupTransport(groups), (q, k, v), sink, settings, groups.log)
-    return run(steps)
+    # The caller has cast the inputs; partial results stay as wide as they are.
+    with torch.autocast(q.device.type, enabled=False):
+        return run(steps)
 
 
 @forward_op.register_fake
@@ -197,7 +199,8 @@ def backward_op(
     steps = backward_of(
         job, GroupTransport(groups), dout, out, (q, k, v), state, sink, settings.layout, groups.log
     )
-    dq, dk, dv, dsink = run(steps)
+    with torch.autocast(dout.device.type, enabled=False):
+        dq, dk, dv, dsink = run(steps)
     return dq, dk, dv, dout.new_empty(0) if dsink is None else dsink
 
 
