@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -27,6 +29,15 @@ for factor in (1.0, 1.01):
 """
 
 
+# One process a rank for all of them: the imports are most of the time. Each has its own port.
+RUN_IN_RANKS = """
+import os, runpy, sys
+for argument in sys.argv[1:]:
+    os.environ["MASTER_PORT"], path = argument.split(":", 1)
+    runpy.run_path(path, run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_short(path):
     assert len(path.read_text().splitlines()) < LIMIT
@@ -38,19 +49,40 @@ def test_one_process():
     assert told == ["logits are equal"] * 2 + ["noticed"] * 2
 
 
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
 def test_two_processes():
     names = ("context_deepspeed", "context_fsdp", "context_transformers")
     paths = [str(ROOT / "examples" / f"{name}.py") for name in names]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
-    run_all = "import runpy, sys; [runpy.run_path(p, run_name='__main__') for p in sys.argv[1:]]"
-    # One launch for all of them: the imports are most of the time.
-    command = [*launch, "--standalone", sys.executable, "-c", run_all, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        said = [line for line in done.stdout.splitlines() if line.startswith(f"rank {rank}: ")]
+    arguments = [f"{port}:{path}" for port, path in zip(free_ports(3), paths, strict=True)]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN_IN_RANKS, *arguments],
+            env={**common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, (stdout, stderr) in enumerate(outputs):
+        said = [line for line in stdout.splitlines() if line.startswith(f"rank {rank}: ")]
         assert [line.split(" ", 2)[2] for line in said] == [
             "outputs and gradients are equal",
             "losses are equal",
             "logits are equal",
-        ]
+        ], stderr
