@@ -170,6 +170,7 @@ NEEDS_OTHERS = (
     "mindspeed.megatron_adaptor",
     "mindspeed.ops.",
     *(f"mindspeed.features.ops.{name}" for name in GLUE),
+    *(f"mindspeed.features.context.{n}" for n in ("attention_module", "masks", "provider")),
     "ms_profile.profiler.npu",
 )
 

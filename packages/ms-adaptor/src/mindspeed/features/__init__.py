@@ -18,6 +18,13 @@ from mindspeed.patching.table import Table, TableError
 FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.adaptor",
     "mindspeed.features.switches",
+    "mindspeed.features.context.adaptive",
+    "mindspeed.features.context.algorithm",
+    "mindspeed.features.context.documents",
+    "mindspeed.features.context.hybrid",
+    "mindspeed.features.context.kv_cache",
+    "mindspeed.features.context.ring",
+    "mindspeed.features.context.ulysses",
     "mindspeed.features.level0.averages",
     "mindspeed.features.level0.collectives",
     "mindspeed.features.level0.cross_entropy",

@@ -230,6 +230,8 @@ class Rule:
         right: expression.
         text: what is wrong, in one sentence.
         suggestion: what to do about it.
+        hint: `"pkg.module:obj"`, called as `hint(values)` with the configuration when the rule is
+            broken; returns a sentence with what would be legal there.
 
     Raises:
         ValueError: a field is malformed.
@@ -240,12 +242,16 @@ class Rule:
     right: str
     text: str
     suggestion: str = ""
+    hint: str | None = None
 
     def __post_init__(self) -> None:
         name = f"rule {self.left!r} {self.kind} {self.right!r}"
         _check_choice(name, "kind", self.kind, get_args(RuleKind))
         for field in ("left", "right", "text"):
             _check_text(name, field, getattr(self, field))
+        if self.hint is not None:
+            good = isinstance(self.hint, str) and _is_reference(self.hint)
+            _require(good, f"{name}: hint must look like 'pkg.module:obj', got {self.hint!r}")
 
 
 @dataclass(frozen=True)

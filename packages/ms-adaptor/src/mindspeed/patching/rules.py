@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,4 +52,7 @@ def _sentence(feature: Feature, rule: Rule, values: Mapping[str, Any]) -> str:
     names = sorted(parse(rule.left).names | parse(rule.right).names)
     given = ", ".join(f"{name}={values[name]!r}" for name in names)
     advice = f" {rule.suggestion}" if rule.suggestion else ""
+    if rule.hint is not None:
+        module, _, name = rule.hint.partition(":")
+        advice += f" {getattr(importlib.import_module(module), name)(values)}"
     return f"{feature.name}: {rule.text} ({given}).{advice}"

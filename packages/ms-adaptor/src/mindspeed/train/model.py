@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed.features.context import settings as context
 from mindspeed.features.ops.alibi import mark
 from mindspeed.features.ops.attention_window import window
 from mindspeed.train.config import TrainConfig
@@ -45,6 +46,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_fusion_options(config),
     )
     mark(core, config.plan_values())
+    context.mark(core, config.plan_values())
     return core
 
 

@@ -391,19 +391,28 @@ class Trainer:
 
 
 def _forward_step(iterator: Iterator[dict[str, Tensor]], model: Chunk) -> Any:
-    batch = next(iterator)
+    from megatron.core.parallel_state import get_context_parallel_world_size
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    whole = next(iterator)
+    batch = get_batch_on_this_cp_rank(dict(whole))
     # No mask is passed: the causal one belongs to the layer, and a kernel may never build it.
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, partial(_loss, batch["loss_mask"])
+    tokens = whole["loss_mask"].sum()
+    return losses, partial(_loss, batch["loss_mask"], tokens, get_context_parallel_world_size())
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over tokens and their count; the schedule divides."""
+def _loss(
+    loss_mask: Tensor, tokens: Tensor, parts: int, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over this rank's tokens, and the count of all; the schedule divides.
+
+    Gradients are averaged over the ranks that share a sequence: each takes part `parts` times.
+    """
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses.reshape(-1).float() * mask)
-    tokens = mask.sum()
-    report = torch.stack([loss.detach(), tokens])
-    return loss, tokens.detach().clone().to(torch.int), {"lm loss": report}
+    report = torch.stack([loss.detach(), mask.sum()])
+    return loss * parts, tokens.detach().clone().to(torch.int), {"lm loss": report}
 
 
 def _hooks(config: TrainConfig, world_size: int) -> StepHooks:

@@ -174,12 +174,13 @@ def _combinations(config: TrainConfig) -> Iterator[str]:
         (config.precision.bf16 and config.precision.fp16, "--bf16 and --fp16 exclude each other"),
         (
             dict(config.feature_flags).get("attention_mask_type") == "general",
-            "--attention-mask-type general needs masks in the batches, and this command's have none",
+            "--attention-mask-type general needs masks in the batches, "
+            "and this command's have none",
         ),
         (
-            parallel.context_parallel_size > 1,
-            "--context-parallel-size above 1 needs a context-parallel attention, "
-            "which no installed level provides",
+            parallel.context_parallel_size > 1 and config.optimization_level < 2,
+            "--context-parallel-size above 1 needs a context-parallel attention: "
+            "give --optimization-level 2",
         ),
         (
             parallel.sequence_parallel and tp == 1,

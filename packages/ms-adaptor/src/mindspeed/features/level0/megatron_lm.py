@@ -124,7 +124,10 @@ def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _keep_needed_masks(args: Any) -> None:
     """Let the data loader make masks where they say more than the triangle."""
     general = getattr(args, "attention_mask_type", "causal") == "general"
-    if general or getattr(args, "reset_attention_mask", False):
+    # On a divided sequence level 2 finds documents in the tokens.
+    divided = getattr(args, "context_parallel_size", 1) > 1
+    found = divided and getattr(args, "optimization_level", 0) == 2
+    if general or (getattr(args, "reset_attention_mask", False) and not found):
         args.create_attention_mask_in_dataloader = True
 
 

@@ -6,6 +6,11 @@ from typing import Any
 
 from mindspeed.patching.records import Feature, Patch
 
+_REASON = (
+    "Megatron's spec builders make their own provider and take none as an argument;"
+    " the class is the narrowest place that all of them share."
+)
+
 FEATURE = Feature(
     name="ops.attention",
     level=1,
@@ -16,10 +21,15 @@ FEATURE = Feature(
             target="megatron.core.models.backends:LocalSpecProvider",
             kind="replace",
             value="mindspeed.features.ops.provider:OpsSpecProvider",
-            reason=(
-                "Megatron's spec builders make their own provider and take none as an argument;"
-                " the class is the narrowest place that all of them share."
-            ),
+            when="context_parallel_size == 1 or level < 2",
+            reason=_REASON,
+        ),
+        Patch(
+            target="megatron.core.models.backends:LocalSpecProvider",
+            kind="replace",
+            value="mindspeed.features.context.provider:ContextSpecProvider",
+            when="context_parallel_size > 1 and level == 2",
+            reason=_REASON,
         ),
     ),
     advise="mindspeed.features.ops.attention:advise",
@@ -34,7 +44,7 @@ def advise(config: Any) -> str:
         config: anything with Megatron's configuration names as attributes.
     """
     dropout = getattr(config, "attention_dropout", 0.0)
-    if dropout:
+    if dropout and getattr(config, "context_parallel_size", 1) == 1:
         return (
             f"attention_dropout is {dropout}: training steps keep Megatron's unfused attention;"
             " set it to 0 for the fused one"

@@ -46,6 +46,7 @@ FEATURE = Feature(
             target="megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
             kind="wrap",
             value="mindspeed.features.ops.attention_window:wrap_post_init",
+            order=1,
             reason="The flags become Megatron's window_size where the configuration is made;"
             " no hook lies between the arguments and it.",
         ),

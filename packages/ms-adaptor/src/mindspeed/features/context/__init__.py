@@ -1,0 +1,1 @@
+"""Attention over a sequence that the context-parallel ranks share."""

@@ -1,0 +1,187 @@
+"""Training with a divided sequence equals training with a whole one, whatever else is divided."""
+
+import pytest
+
+from mindspeed.train.config import TrainConfig
+from support.ranks import run_ranks
+
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "seq_length": 64,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "init_method_std": 0.2,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "optimization_level": 2,
+}
+RING = {"context_parallel_algo": "megatron_cp_algo"}
+HYBRID = {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2}
+ALONE = {
+    "plain": {},
+    "learned": {"position_embedding_type": "learned_absolute"},
+    "alibi": {"position_embedding_type": "alibi"},
+    "window": {"pre_tokens": 9, "sparse_mode": 4},
+    "experts": {"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1},
+}
+FOUR = {"context_parallel_size": 4}
+TWO = {"context_parallel_size": 2}
+# Name -> (the run of one process that it equals, its flags).
+DIVIDED = {
+    "ulysses": ("plain", FOUR),
+    "ring": ("plain", {**FOUR, **RING}),
+    "windows, half kept": (
+        "plain",
+        {
+            **FOUR,
+            **RING,
+            "cp_window_size": 2,
+            "use_cp_send_recv_overlap": True,
+            "context_parallel_kv_cache_policy": "half",
+            "context_parallel_cache_interval": 1,
+        },
+    ),
+    "hybrid, recomputed": (
+        "learned",
+        {
+            **FOUR,
+            **HYBRID,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+    "gathered": ("alibi", {**FOUR, "context_parallel_algo": "kvallgather_cp_algo"}),
+    "adaptive": ("window", {**FOUR, "context_parallel_algo": "adaptive_cp_algo"}),
+    "hybrid adaptive": (
+        "plain",
+        {**FOUR, **HYBRID, "context_parallel_algo": "hybrid_adaptive_cp_algo"},
+    ),
+    "tensor": (
+        "plain",
+        {**TWO, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "pipeline": ("plain", {**TWO, **RING, "pipeline_model_parallel_size": 2}),
+    "virtual pipeline": (
+        "plain",
+        {
+            **TWO,
+            **RING,
+            "num_layers": 4,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+        },
+    ),
+    "data": (
+        "plain",
+        {
+            **TWO,
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+        },
+    ),
+    "experts": (
+        "experts",
+        {**TWO, **RING, "expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
+    ),
+}
+
+
+def config(options):
+    leaves = TrainConfig().flat()
+    native = {name: value for name, value in options.items() if name in leaves}
+    flags = tuple(sorted((k, v) for k, v in options.items() if k not in leaves))
+    return TrainConfig.of(**{**SMALL, **native}, feature_flags=flags)
+
+
+def losses(rank, world_size, runs):
+    from mindspeed.train.trainer import Trainer
+
+    found = {}
+    for name, options in runs.items():
+        with Trainer(config(options)) as trainer:
+            results = trainer.run(2)
+            found[name] = [(r.loss, r.grad_norm, r.tokens) for r in results]
+    return found
+
+
+def test_every_algorithm_and_combination_equals_one_process():
+    deep = {"deep": {"num_layers": 4}}
+    (alone,) = run_ranks(losses, 1, {**ALONE, **deep}, preload="megatron")
+    runs = {name: options for name, (_, options) in DIVIDED.items()}
+    for name, (same, options) in DIVIDED.items():
+        runs[name] = {**ALONE[same], **options}
+    ranks = run_ranks(losses, 4, runs, preload="megatron")
+    assert all(found == ranks[0] for found in ranks)
+    for name, (same, options) in DIVIDED.items():
+        wanted = alone["deep" if options.get("num_layers") == 4 else same]
+        for step, (got, want) in enumerate(zip(ranks[0][name], wanted, strict=True)):
+            assert got == pytest.approx(want, rel=3e-6), (name, step)
+    assert alone["plain"][0] != pytest.approx(alone["window"][0], rel=1e-4)
+
+
+def packed_model(rank, world_size, runs):
+    """Return losses and gradient sums of a model on packed documents, by algorithm."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    import mindspeed
+    from mindspeed.train.model import build_chunks
+
+    found = {}
+    tokens = torch.randint(1, 50, (2, 64), generator=torch.Generator().manual_seed(3))
+    tokens[0, [4, 5, 37]] = tokens[1, [0, 63]] = 0
+    lone = torch.ones(2, 64, 64, dtype=torch.bool).tril()
+    number = torch.cumsum(tokens == 0, 1) - (tokens == 0).long()
+    mask = ~(lone & (number.unsqueeze(2) == number.unsqueeze(1))).unsqueeze(1)
+    first = torch.searchsorted(number.contiguous(), number.contiguous())
+    batch = {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "position_ids": torch.arange(64) - first,
+        "attention_mask": mask,
+    }
+    for name, options in runs.items():
+        made = config({**options, "micro_batch_size": 2})
+        parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+        torch.manual_seed(1)
+        values = {**made.plan_values(), "reset_attention_mask": world_size > 1}
+        with mindspeed.activate(values, level=2):
+            from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+            model_parallel_cuda_manual_seed(1)
+            (model,) = build_chunks(made)
+            if world_size > 1 and name != "dense":
+                model.config.end_of_document = 0
+            mine = get_batch_on_this_cp_rank(dict(batch))
+            mask = None if name == "one document" else mine["attention_mask"]
+            lost = model(mine["tokens"], mine["position_ids"], mask, labels=mine["labels"]).sum()
+            lost.backward()
+            sums = [lost.detach(), *(p.grad for p in model.parameters())]
+            for each in sums:
+                dist.all_reduce(each)
+            found[name] = [float(each.norm()) for each in sums]
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_packed_documents_equal_their_mask_under_every_algorithm():
+    learned = {"position_embedding_type": "learned_absolute"}
+    runs = {name: {**FOUR, **learned} for name in ("ulysses", "dense")}
+    runs["ring"] = {**runs["ulysses"], **RING}
+    runs["hybrid"] = {**runs["ulysses"], **HYBRID}
+    runs["adaptive"] = {**runs["ulysses"], "context_parallel_algo": "adaptive_cp_algo"}
+    runs["gathered"] = {**runs["ulysses"], "context_parallel_algo": "kvallgather_cp_algo"}
+    both = {"packed": learned, "one document": learned}
+    (alone,) = run_ranks(packed_model, 1, both, preload="megatron")
+    assert alone["packed"] != pytest.approx(alone["one document"], rel=1e-3)
+    ranks = run_ranks(packed_model, 4, runs, preload="megatron")
+    for name in runs:
+        assert ranks[0][name] == pytest.approx(alone["packed"], rel=2e-5, abs=1e-5), name
