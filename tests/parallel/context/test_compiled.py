@@ -84,7 +84,7 @@ def body(rank, world):
     layout = SeqLayout.zigzag(17, world)
     found = []
     for options in OPTIONS:
-        plan = make_plan(layout, AttnMask.causal((0, 5, 17)), **options)
+        plan = make_plan(layout, AttnMask.causal((0, 5, 17)), (4, 1), **options)
         topology = CPTopology(None, plan.ulysses)
         case = Case(plan, batch=2)
         torch.manual_seed(1)

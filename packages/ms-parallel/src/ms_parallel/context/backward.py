@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .calls import Call, Rows
 from .collect import gather_keys, hold_gathered, scatter_sums, to_heads, to_tokens
 from .executor import Job, Run
 from .kernels import attend_backward
-from .lower import Call, Rows
 from .plan import Transfer
 from .state import saved
 from .store import Entry, Piece, Slot, manifest

@@ -16,9 +16,10 @@ from torch import Tensor
 from ms_ops.checks import fail
 from ms_ops.device import compute_dtype
 
+from .calls import Call, Rows
 from .heads import Interval
 from .kernels import Scoring, expansion
-from .lower import Call, Direction, Rows, lower, notes
+from .lower import Direction, lower, notes
 from .pack import Move, Places
 from .plan import AttnPlan, Buffer, Transfer
 from .store import PARTS, Entry, Piece, Pool, Shapes, Slot, Store, manifest

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .calls import Call, Rows
 from .collect import gather_keys, to_heads, to_tokens
 from .executor import Job, Run
 from .kernels import attend, merge
-from .lower import Call, Rows
 from .plan import Transfer
 from .state import Saved, saved
 from .store import Entry, Piece, Slot

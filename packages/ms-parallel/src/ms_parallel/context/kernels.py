@@ -16,8 +16,8 @@ from torch import Tensor
 from ms_ops.attention import MaskSpec, attention, attention_backward, attention_merge
 from ms_ops.device import upcast
 
+from .calls import Call
 from .heads import HeadPlan
-from .lower import Call
 
 
 @dataclass(frozen=True)
