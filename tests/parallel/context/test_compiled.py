@@ -71,9 +71,8 @@ def checked(plan, topology, leaves):
     results = torch.library.opcheck(op, arguments, test_utils=tests)
     with torch.autocast("cpu", torch.bfloat16):
         small = [t.float() for t in leaves[:3]]
-        narrow = make_plan(
-            plan.layout, plan.mask, grad_bytes=4, ulysses=plan.ulysses, algorithm=plan.algorithm
-        )
+        same = {"ulysses": plan.ulysses, "algorithm": plan.algorithm}
+        narrow = make_plan(plan.layout, plan.mask, (4, 1), grad_bytes=4, **same)
         out = context_attention(*small, narrow, topology)
         grads = torch.autograd.grad(out.float().sum(), leaves[:3])
     cast = out.dtype is torch.bfloat16 and all(g.isfinite().all() for g in grads)
