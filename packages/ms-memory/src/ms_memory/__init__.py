@@ -9,9 +9,14 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use.
 _PUBLIC: dict[str, str] = {
+    "Discard": "ms_memory.recompute",
+    "HostLedger": "ms_memory.ledger",
     "MemoryFeatureError": "ms_memory.errors",
     "PackedAdamW": "ms_memory.optim",
     "PackedMaster": "ms_memory.optim",
+    "SavedLedger": "ms_memory.ledger",
+    "StorageCensus": "ms_memory.ledger",
+    "Timeline": "ms_memory.ledger",
 }
 
 __all__ = ["__version__", *_PUBLIC]
