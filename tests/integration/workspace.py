@@ -19,6 +19,7 @@ class Package:
     folder: str
     module: str
     extras: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()  # distributions of ours that it cannot do without
 
     @property
     def path(self) -> Path:
@@ -30,9 +31,9 @@ class Package:
 
 
 PACKAGES = (
-    Package("ms-memory", "ms-memory", "ms_memory"),
+    Package("ms-memory", "ms-memory", "ms_memory", siblings=("ms-ops",)),
     Package("ms-ops", "ms-ops", "ms_ops", ("triton",)),
-    Package("ms-parallel", "ms-parallel", "ms_parallel"),
+    Package("ms-parallel", "ms-parallel", "ms_parallel", siblings=("ms-ops",)),
     Package("ms-profile", "ms-profile", "ms_profile", ("report",)),
     Package("mindspeed", "ms-adaptor", "mindspeed", ("l1", "l2", "profile", "train", "all")),
 )
