@@ -27,7 +27,7 @@ def add(acc: Tensor, x: Tensor, dy: Tensor) -> None:
     """Add dy^T x to acc in acc's precision."""
     if acc.dtype == x.dtype or 0 in (x.numel(), dy.numel()):
         portable.add(acc, x, dy)
-    elif ATB in os.environ:
+    elif os.environ.get(ATB):
         torch.ops.atb._npu_matmul_add_fp32(dy.contiguous(), x.contiguous(), acc)
     elif portable.wide_product:
         torch.addmm(acc, dy.t(), x, out_dtype=acc.dtype, out=acc)
