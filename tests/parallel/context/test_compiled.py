@@ -7,7 +7,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ms_parallel.context import AttnMask, CPTopology, SeqLayout, context_attention
+from ms_parallel.context import AttnMask, CPTopology, SeqLayout, context_attention, seq_to_head
 from ms_parallel.context.digest import plan_key
 from ms_parallel.context.trace import Ledger
 from support.context import Case, make_plan
@@ -38,6 +38,18 @@ def compiled(plan, topology, leaves):
     function = block(plan, topology)
     whole = torch.compile(function, fullgraph=True, backend="aot_eager")
     pairs = zip(grads_of(whole, leaves), grads_of(function, leaves), strict=True)
+    return [torch.equal(a, b) for a, b in pairs]
+
+
+def exchanged(group, leaves):
+    """The exchange alone, compiled and not: uneven heads, with gradients."""
+
+    def run(x):
+        return seq_to_head(x * 2, group, 1, 2, head_counts=(1, 3)).square()
+
+    x = leaves[0]
+    whole = torch.compile(run, fullgraph=True, backend="aot_eager")
+    pairs = zip(grads_of(whole, [x]), grads_of(run, [x]), strict=True)
     return [torch.equal(a, b) for a, b in pairs]
 
 
@@ -80,10 +92,10 @@ def checked(plan, topology, leaves):
 
 
 def body(rank, world):
-    layout = SeqLayout.zigzag(17, world)
+    layout = SeqLayout.zigzag(18, world)
     found = []
     for options in OPTIONS:
-        plan = make_plan(layout, AttnMask.causal((0, 5, 17)), (4, 1), **options)
+        plan = make_plan(layout, AttnMask.causal((0, 5, 18)), (4, 1), **options)
         topology = CPTopology(None, plan.ulysses)
         case = Case(plan, batch=2)
         torch.manual_seed(1)
@@ -92,7 +104,13 @@ def body(rank, world):
         cost = plan.cost(8, 2)[rank]
         found.append(
             {
-                "compiled": compiled(*given) if options == OPTIONS[0] else [],
+                "compiled": [
+                    *compiled(*given),
+                    *exchanged(None, leaves),
+                    *exchanged(topology.group, leaves),
+                ]
+                if not options
+                else [],
                 "replayed": replayed(*given),
                 "checked": checked(*given),
                 "cost": (cost.forward_bytes, cost.backward_bytes),
@@ -103,7 +121,7 @@ def body(rank, world):
 
 def test_compiled_replayed_and_faked():
     for found in run_ranks(body, 2, timeout=120):
-        assert len(found[0]["compiled"]) == 5
+        assert len(found[0]["compiled"]) == 9
         for case in found:
             assert all(case["compiled"])
             assert all(case["checked"])

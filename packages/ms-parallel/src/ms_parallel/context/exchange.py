@@ -18,7 +18,7 @@ from torch import Tensor
 from ms_ops.checks import fail
 
 from .heads import Interval
-from .topology import group_of, remember
+from .topology import group_name, group_of
 
 Restore = Callable[[Tensor], Tensor]
 
@@ -57,7 +57,7 @@ def seq_to_head(
     sent = [rows.shape[0] * inner * n for n in spread]
     received = [n * inner * spread[me] for n in lens]
     pieces = [rows[:, :, a:b].reshape(-1) for a, b in ranges]
-    flat = _swap(torch.cat(pieces), received, sent, remember(group))
+    flat = _swap(torch.cat(pieces), received, sent, group_name(group))
     return restore(flat.view(sum(lens), rows.shape[1], spread[me], rows.shape[3]))
 
 
@@ -97,7 +97,7 @@ def head_to_seq(
     inner = rows.shape[1] * rows.shape[3]
     sent = [n * inner * heads for n in lens]
     received = [lens[me] * inner * (b - a) for a, b in ranges]
-    flat = _swap(rows.reshape(-1), received, sent, remember(group))
+    flat = _swap(rows.reshape(-1), received, sent, group_name(group))
     shape = (lens[me], rows.shape[1], -1, rows.shape[3])
     pieces = flat.split(received)
     total = max(b for _, b in ranges)

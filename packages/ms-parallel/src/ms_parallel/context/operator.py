@@ -17,6 +17,7 @@ from .backward import backward_steps
 from .collect import to_tokens
 from .digest import plan_of
 from .executor import Job, make_job
+from .flops import state_context_flops
 from .forward import Result, forward_steps
 from .kernels import Scoring
 from .plan import AttnPlan
@@ -254,5 +255,6 @@ def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 forward_op.register_autograd(_grad, setup_context=_save)
+state_context_flops()
 
 __all__ = ["Settings", "backward_of", "forward_of", "forward_op", "keeps"]

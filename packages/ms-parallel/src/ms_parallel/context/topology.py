@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from .trace import Ledger, Log
 
@@ -143,20 +144,17 @@ def topology_of(key: str) -> CPTopology:
     return _KNOWN[key]
 
 
-_GROUPS: dict[str, Any] = {}
-
-
-def remember(group: Any) -> str:
-    """Return the name of a process group, by which `group_of` finds it again."""
-    found = _process_group(group)
-    name: str = found.group_name
-    _GROUPS[name] = found
+def group_name(group: Any) -> str:
+    """Return the name of a process group, by which compiled code holds it."""
+    name: str = _process_group(group).group_name
     return name
 
 
 def group_of(name: str) -> Any:
-    """Return the process group that `remember` gave this name."""
-    return _GROUPS[name]
+    """Return the process group of a name."""
+    # What torch's own functional collectives go by.
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)
 
 
 def _process_group(group: Any) -> Any:
@@ -170,4 +168,4 @@ def _process_group(group: Any) -> Any:
     return group.get_group()
 
 
-__all__ = ["CPTopology", "group_of", "remember", "topology_of"]
+__all__ = ["CPTopology", "group_name", "group_of", "topology_of"]
