@@ -81,7 +81,9 @@ def test_defaults_are_the_demonstration_job():
         ("--hidden-dropout 1.5", "--hidden-dropout must lie in [0, 1)"),
         ("--sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
         ("--overlap-param-gather", "--overlap-param-gather needs --overlap-grad-reduce"),
-        ("--context-parallel-size 2", "--context-parallel-size"),
+        ("--context-parallel-size 2 --optimization-level 1", "give --optimization-level 2"),
+        ("--context-parallel-size 2 --compare-levels", "give --optimization-level 2"),
+        ("--context-parallel-algo megatron_cp_algo", "the sequence is not divided"),
         ("--train-iters 0", "--train-iters must be greater than 0"),
         ("--data none.txt", "none.txt: no such file"),
         ("--tokenizer none.json", "tokenizer"),
@@ -170,7 +172,10 @@ def test_both_ways_to_say_virtual_stages_exclude_each_other():
         parse(words.split())
 
 
-@pytest.mark.parametrize(("argv", "levels"), [([], [0, 1]), (["--num-layers", "2"], [1])])
+@pytest.mark.parametrize(
+    ("argv", "levels"),
+    [([], [0, 1]), (["--num-layers", "2"], [1]), (["--context-parallel-size", "2"], [2])],
+)
 def test_no_argument_means_a_comparison(argv, levels, monkeypatch, tmp_path):
     seen = []
     monkeypatch.chdir(tmp_path)

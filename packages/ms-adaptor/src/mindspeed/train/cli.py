@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _need_packages()
         # Without a word the command demonstrates itself: level against level, if there are two.
-        options = parse(argv or (["--compare-levels"] if _comparable() else []))
+        options = parse(argv or (["--compare-levels"] if _comparable(parse([]).config) else []))
         plan, levels = prepare(options)
     except _USER_ERRORS as error:
         print(f"mindspeed train: error: {error}", file=sys.stderr)
@@ -66,9 +66,9 @@ def prepare(options: Options) -> tuple[RunPlan, list[int]]:
     return plan, levels
 
 
-def _comparable() -> bool:
+def _comparable(config: TrainConfig) -> bool:
     reasons = available_levels()
-    return sum(reasons[level] is None for level in levels_with_features()) > 1
+    return sum(reasons[level] is None for level in levels_with_features(config)) > 1
 
 
 def _levels(options: Options) -> list[int]:
@@ -76,8 +76,9 @@ def _levels(options: Options) -> list[int]:
     reasons = available_levels()
     if reasons[asked] is not None and "optimization_level" in options.given:
         raise LevelError(f"--optimization-level {asked}: {reasons[asked]}")
-    # A level that adds nothing yet would only repeat the one below it.
-    usable = [n for n in levels_with_features() if n <= asked and reasons[n] is None]
+    # A level that adds nothing here would only repeat the one below it.
+    found = levels_with_features(options.config)
+    usable = [n for n in found if n <= asked and reasons[n] is None]
     if not options.compare_levels:
         return usable[-1:]
     if len(usable) < 2:
@@ -91,7 +92,9 @@ def _check_plans(config: TrainConfig, levels: Sequence[int], nproc: int) -> None
     from mindspeed.features.profile import trace
 
     for level in levels:
-        values = config_for(config, level, levels).plan_values()
+        of_level = config_for(config, level, levels)
+        check(of_level, nproc)
+        values = of_level.plan_values()
         try:
             mindspeed.plan(values, level)
             trace.check(values, nproc)

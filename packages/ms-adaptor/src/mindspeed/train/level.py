@@ -26,11 +26,14 @@ def available_levels() -> dict[int, str | None]:
     return out
 
 
-def levels_with_features() -> list[int]:
-    """The levels that change anything, lowest first."""
+def levels_with_features(config: TrainConfig) -> list[int]:
+    """The levels that change anything for a configuration, lowest first."""
+    from mindspeed import levels
     from mindspeed.features import load_features
+    from mindspeed.patching.plan import draft
 
-    return sorted({0, *(feature.level for feature in load_features())})
+    active = draft(config.plan_values(), max(levels.LEVELS)).features
+    return sorted({0, *(f.level for f in load_features() if f.name in active)})
 
 
 def config_for(config: TrainConfig, level: int, levels: Sequence[int]) -> TrainConfig:
