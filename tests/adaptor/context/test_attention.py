@@ -162,7 +162,57 @@ def differences(rank, world_size):
         return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
 
     found = {(name, kind): run(name, kind) for name in FLAGS for kind in KINDS}
+    for name in FLAGS:
+        found[name, "dropout"] = dropped(rank, module(name, "causal"), whole)
+        found[name, "other group"] = of_the_batch(rank, module(name, "packed"), whole)
     return found, refused(rank, module, whole, layout)
+
+
+def of_the_batch(rank, attend, whole):
+    """Return the error of a pack for which the batch names its own group of ranks."""
+    import torch.distributed as dist
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from ms_parallel.context import SeqLayout
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    layout = SeqLayout.zigzag_docs(documents().tolist(), 2)
+
+    def cut(t):
+        return layout.shard(t.transpose(0, 1).flatten(0, 1), rank % 2, 0)
+
+    starts = documents().to(torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    packed.cp_group = pairs[rank // 2]
+    out = attend(*map(cut, whole), None, packed_seq_params=packed)
+    return float((out - cut(reference(*whole, "packed"))).abs().max())
+
+
+def dropped(rank, attend, whole):
+    """Return how far dropout on four ranks is from dropout on two, and repeated; 1 if it is off."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from ms_parallel.context import SeqLayout
+
+    attend.attention_dropout.p = 0.4
+
+    def run(group):
+        layout = SeqLayout.zigzag(S, group.size())
+        parts = [layout.shard(t, group.rank(), 0).float() for t in whole]
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        attend.cp_group = group
+        out = attend(*parts, None)
+        outs = [torch.empty_like(out) for _ in layout.lengths]
+        dist.all_gather(outs, out, group=group)
+        return layout.unshard(outs, 0)
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    four, two = run(dist.group.WORLD), run(pairs[rank // 2])
+    again = run(dist.group.WORLD)
+    attend.eval()
+    acts = bool((run(dist.group.WORLD) - four).abs().max() > 0.1)
+    return max(float((four - two).abs().max()) - 1e-6, float((four - again).abs().max()), 1 - acts)
 
 
 def refused(rank, module, whole, layout):
