@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mindspeed.features.context.settings import ContextSettings, settings
+from support.mutation import Mutation
 from support.ranks import run_ranks
 
 S, B, H, HK, D, DV = 32, 2, 4, 2, 8, 4
@@ -29,6 +30,31 @@ FLAGS = {
     },
 }
 KINDS = ("causal", "full", "window", "documents", "packed", "dense", "rows", "alibi", "root")
+_HERE = "mindspeed.features.context"
+_MODULE = f"{_HERE}.attention_module:MegatronCPAttention"
+MUTANTS = [
+    (
+        "causal",
+        Mutation("split", f"{_MODULE}._division", "SeqLayout.zigzag", "SeqLayout.contiguous"),
+    ),
+    ("causal", Mutation("scale", f"{_MODULE}._options", "self._scale()", "1.0")),
+    ("documents", Mutation("documents", f"{_MODULE}._band", "right, documents", "right, ()")),
+    ("window", Mutation("window", f"{_MODULE}._band", "window.left", "None")),
+    ("root", Mutation("root", f"{_MODULE}._options", 'form == "sqrt"', "False")),
+    ("rows", Mutation("mask", f"{_HERE}.masks:_dense", "~attention_mask", "attention_mask")),
+    (
+        "rows",
+        Mutation(
+            "rows", f"{_HERE}.masks:_gathered", "layout.unshard(parts, 1)", "torch.cat(parts, 1)"
+        ),
+    ),
+]
+SEEDS = Mutation(
+    "seeds",
+    f"{_MODULE}._draw",
+    "torch.randint(2**31 - 1, (2,), dtype=torch.int64, device=device)",
+    "torch.tensor([torch.distributed.get_rank(), 1])",
+)
 
 
 def test_what_the_flags_ask_for():
@@ -105,7 +131,7 @@ def packing(cut):
 
 
 def differences(rank, world_size):
-    """Return the largest error of output and gradients by algorithm and mask, and the messages."""
+    """Return the largest error of output and gradients: by algorithm and mask, and of mutants."""
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
@@ -165,7 +191,13 @@ def differences(rank, world_size):
     for name in FLAGS:
         found[name, "dropout"] = dropped(rank, module(name, "causal"), whole)
         found[name, "other group"] = of_the_batch(rank, module(name, "packed"), whole)
-    return found, refused(rank, module, whole, layout)
+    caught = {}
+    for kind, mutation in MUTANTS:
+        with mutation.applied():
+            caught[mutation.name] = run("ring of rings", kind)
+    with SEEDS.applied():
+        caught[SEEDS.name] = dropped(rank, module("ring", "causal"), whole)
+    return found, caught, refused(rank, module, whole, layout)
 
 
 def of_the_batch(rank, attend, whole):
@@ -239,7 +271,9 @@ def refused(rank, module, whole, layout):
 
 def test_every_algorithm_equals_the_whole_sequence_under_every_mask():
     results = run_ranks(differences, 4, preload="megatron")
-    for found, said in results:
+    for found, _, said in results:
         assert {key: error for key, error in found.items() if error > 1e-9} == {}
         words = ("attention_bias", "self-attention", "rows of this rank", "need a causal mask")
         assert all(word in text for word, text in zip(words, said, strict=True)), said
+    for name in results[0][1]:
+        assert max(caught[name] for _, caught, _ in results) > 1e-2, f"not caught: {name}"
