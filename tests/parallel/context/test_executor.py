@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from ms_ops.attention import attention
 from ms_parallel.context.build import plan_attention
+from ms_parallel.context.executor import make_job
 from ms_parallel.context.heads import HeadPlan
 from ms_parallel.context.layout import SeqLayout
 from ms_parallel.context.mask import AttnMask
+from ms_parallel.context.operator import kept
 from ms_parallel.context.simulate import Simulation, simulate_attention
+from ms_parallel.context.state import saved
 from support.context import (
     Case,
     check_case,
@@ -222,3 +225,44 @@ def test_low_precision_sums_of_shared_heads_travel_wide():
     assert error(found, case.whole()) < 0.1
     planned = [c.backward_bytes for c in plan.cost(2)]
     assert [sent.bytes for sent in record.backward] == planned
+
+
+def bytes_kept(options):
+    """Bytes that backward of a rank keeps of queries, output and statistics, and of keys."""
+    plan = make_plan(SeqLayout.zigzag(32, 4), AttnMask.causal(), grad_bytes=4, **options)
+    like = torch.empty(0, dtype=torch.bfloat16)
+    job = make_job(plan, 1, like, batch=3)
+    inputs = sum(t.nbytes for t in kept(job, case_tensors(plan)) if t is not None)
+    state = sum(torch.empty(item.shape, dtype=item.dtype).nbytes for item in saved(job))
+    rows, heads, kv_heads = plan.nodes.length(1 // plan.ulysses), *sizes(plan)
+    fixed = 3 * rows * heads * (2 * 8 * 2 + 4)
+    return inputs + state - fixed, 3 * 32 * kv_heads * 8 * 2
+
+
+def sizes(plan):
+    (q0, q1), (k0, k1) = plan.heads.q[1 % plan.ulysses], plan.heads.kv[1 % plan.ulysses]
+    return q1 - q0, k1 - k0
+
+
+def case_tensors(plan):
+    shapes = [(4, 8), (2, 8), (2, 8), (4, 8)]
+    return [torch.empty(3, 8, *shape, dtype=torch.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "values"),
+    [
+        ({}, 1, 1),  # Quarters of the whole sequence.
+        ({"kv_keep": "k"}, 3, 1),
+        ({"kv_keep": "kv"}, 3, 3),
+        ({"algorithm": "ulysses"}, 4, 4),
+        ({"algorithm": "allgather_kv"}, 1, 1),
+        ({"algorithm": "allgather_kv", "kv_keep": "k"}, 4, 1),
+        ({"algorithm": "allgather_kv", "kv_keep": "kv"}, 4, 4),
+        ({"algorithm": "usp", "ulysses": 2}, 2, 2),
+    ],
+)
+def test_backward_keeps_what_the_policy_says_and_nothing_else(options, keys, values):
+    """Beside it 4 bytes a row and head, queries and output."""
+    found, whole = bytes_kept(options)
+    assert found == whole * (keys + values) / 4

@@ -116,10 +116,10 @@ def backward_of(
     return dq, dk, dv, grads.sink
 
 
-def keeps(job: Job) -> tuple[bool, bool, bool]:
-    """Return whether backward needs (queries, keys and values, output) as this process has them."""
-    queries, keys = needs_inputs(job)
-    return queries, keys, not job.exchanged
+def kept(job: Job, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return q, k, v and out of a process, None in place of those that backward does not need."""
+    needed = (*needs_inputs(job), not job.exchanged)
+    return [t if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
 
 
 @torch.library.custom_op(
@@ -235,18 +235,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     ctx.set_materialize_grads(False)
     ctx.plan = plan_of(plan)  # Alive as long as backward may need it.
     ctx.names, ctx.rest = (plan, topology), rest
-    ctx.like = out
+    ctx.like = {"size": out.shape, "dtype": out.dtype, "device": out.device}
     job = make_job(ctx.plan, topology_of(topology).rank, q, batch_of(q, Settings(*rest).layout))
-    queries, keys, output_too = keeps(job)
-    ctx.save_for_backward(
-        q if queries else None, k if keys else None, v if keys else None,
-        out if output_too else None, slopes, rng, sink, *state,
-    )  # fmt: skip
+    ctx.save_for_backward(*kept(job, (q, k, v, out)), slopes, rng, sink, *state)
 
 
 def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
     q, k, v, out, slopes, rng, sink, *state = ctx.saved_tensors
-    dout = torch.zeros_like(ctx.like) if dout is None else dout
+    dout = torch.zeros(**ctx.like) if dout is None else dout
     dq, dk, dv, dsink = backward_op(
         dout, q, k, v, out, state, slopes, rng, sink, *ctx.names, *ctx.rest
     )
@@ -257,4 +253,4 @@ def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
 forward_op.register_autograd(_grad, setup_context=_save)
 state_context_flops()
 
-__all__ = ["Settings", "backward_of", "forward_of", "forward_op", "keeps"]
+__all__ = ["Settings", "backward_of", "forward_of", "forward_op", "kept"]

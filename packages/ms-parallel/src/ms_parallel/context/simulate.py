@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import check_inputs
-from .executor import Job
-from .operator import Settings, backward_of, forward_of, keeps
+from .operator import Settings, backward_of, forward_of, kept
 from .plan import AttnPlan
 from .trace import Ledger, Log
 from .world import World, drive
@@ -110,9 +109,13 @@ class _Simulated(torch.autograd.Function):
         )
         record.forward, record.forward_logs = [way.ledger for way in ways], logs
         ctx.jobs, ctx.settings, ctx.record, ctx.sink = jobs, settings, record, sink
-        ctx.kept = [_needed(jobs[r], (q[r], k[r], v[r], results[r][0])) for r in range(size)]
+        outs = [out for out, _, _ in results]
+        ctx.kept = [
+            kept(job, [t.detach() for t in own])
+            for job, *own in zip(jobs, q, k, v, outs, strict=True)
+        ]
         ctx.states = [state for _, _, state in results]
-        return tuple(out for out, _, _ in results)
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
@@ -132,12 +135,6 @@ class _Simulated(torch.autograd.Function):
         dsink = torch.stack(parts).sum(0) if parts else None
         flat = [grads[r][i] for i in range(3) for r in range(size)]
         return (None, None, None, None, None, dsink, *flat)
-
-
-def _needed(job: Job, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    queries, keys, output = keeps(job)
-    q, k, v, out = (t.detach() for t in tensors)
-    return q if queries else None, k if keys else None, v if keys else None, out if output else None
 
 
 __all__ = ["Simulation", "simulate_attention"]

@@ -47,16 +47,18 @@ class Saved:
     entries: tuple[Entry, ...] = ()
 
 
-def needs_inputs(job: Job) -> tuple[bool, bool]:
-    """Whether backward reads the process's own (queries, keys and values) as they were given."""
+def needs_inputs(job: Job) -> tuple[bool, bool, bool]:
+    """Whether backward reads the process's own queries, keys and values as they were given."""
     if job.exchanged:
-        return False, job.plan.kv_keep == "pre"
+        before = job.plan.kv_keep == "pre"
+        return False, before, before
     if job.plan.forward.gather:
-        return True, job.plan.kv_keep != "kv"
-    known, key = notes(job.plan), ("keys", job.rank)
+        return True, job.plan.kv_keep == "last", job.plan.kv_keep != "kv"
+    known, key = notes(job.plan), ("own", job.rank)
     if key not in known:
-        known[key] = bool(remaining(job)[0].pieces("k", job.node))
-    return True, known[key]
+        left, _ = remaining(job)
+        known[key] = tuple(bool(left.pieces(part, job.node)) for part in PARTS["kv"])
+    return True, *known[key]
 
 
 def saved(job: Job) -> tuple[Saved, ...]:
