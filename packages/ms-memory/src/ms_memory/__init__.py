@@ -15,6 +15,7 @@ _PUBLIC: dict[str, str] = {
     "PackedAdamW": "ms_memory.optim",
     "PackedMaster": "ms_memory.optim",
     "SavedLedger": "ms_memory.ledger",
+    "Session": "ms_memory.session",
     "StorageCensus": "ms_memory.ledger",
     "Timeline": "ms_memory.ledger",
 }

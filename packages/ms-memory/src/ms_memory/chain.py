@@ -42,6 +42,9 @@ class Refillable(Protocol):
     def fill(self) -> None:
         """Fill them; nothing where they are full."""
 
+    def adopt(self, holder: Holder) -> None:
+        """See who holds such a storage: it may be given another one in place of a copy."""
+
 
 class Holder:
     """One saved storage, for as long as a graph wants it.
@@ -202,6 +205,8 @@ class Chain:
         claim = self._claims.get(key)
         if claim is not None and claim[0]() is storage:
             holder.owner = claim[1]()
+            if holder.owner is not None:
+                holder.owner.adopt(holder)
         holder.fixed = holder.owner is not None or _known(self._fixed, storage)
         for watch in self.watches:
             watch.saved(holder, flat)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..chain import chain_of, top_hooks
 from ..errors import refuse
-from .region import Region, Shell
+from .region import Region
 from .replay import RNGS, Replay, Rng, Source, default_sources
 
 
@@ -32,7 +32,8 @@ class Discard:
         rng: "auto" replays the generators that the call drew from, "always" all, "never" none.
         autocast: "replay" gives the second run the autocast of the first, "ignore" that of the
             backward.
-        sources: get and set of further generators' states.
+        sources: get and set of the states of all generators that count; None: torch's own, that of
+            the CPU and that of the arguments' device.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Discard:
         rng: Rng = "auto",
         autocast: Literal["replay", "ignore"] = "replay",
         *,
-        sources: Sequence[Source] = (),
+        sources: Sequence[Source] | None = None,
     ) -> None:
         if rng not in RNGS:
             raise ValueError(f"Discard: rng: got {rng!r}, need one of {RNGS}")
@@ -48,7 +49,7 @@ class Discard:
             raise ValueError(f"Discard: autocast: got {autocast!r}, need 'replay' or 'ignore'")
         self._rng = rng
         self._autocast = autocast
-        self._sources = tuple(sources)
+        self._sources = sources
         self._region: Region | None = None
         self._outputs: tuple[Any, ...] = ()
         self._state: Literal["new", "plain", "called", "released"] = "new"
@@ -110,7 +111,7 @@ class Discard:
                 refuse("E-M02", "release(until=...)", remedy)
             return  # no backward will ask
         _check_until(untils, tensors)
-        _empty(region, outputs)
+        region.discard(outputs)
         for node in {u.grad_fn for u in untils if u.grad_fn is not None}:
             node.register_prehook(lambda _: region.fill())
 
@@ -137,12 +138,13 @@ class Chained:
 
 
 def make_replay(
-    tensors: Sequence[Tensor], sources: Sequence[Source], rng: Rng, autocast: str
+    tensors: Sequence[Tensor], sources: Sequence[Source] | None, rng: Rng, autocast: str
 ) -> Replay:
     """Return what takes and gives back the states for a call with these tensors."""
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     kinds = {"cpu", device.type} - {"meta"} if autocast == "replay" else set()
-    return Replay((*default_sources(device), *sources), rng, sorted(kinds))
+    sources = default_sources(device) if sources is None else sources
+    return Replay(sources, rng, sorted(kinds))
 
 
 def _plain_call(hooks: tuple[Any, ...] | None) -> bool:
@@ -173,14 +175,3 @@ def _check_until(untils: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     if any(id(u.untyped_storage()) in made for u in untils):
         where = "release(until=...) got the output itself"
         refuse("E-M03", where, "release after what uses the output, until its result")
-
-
-def _empty(region: Region, outputs: tuple[Any, ...]) -> None:
-    found: dict[int, list[int]] = {}
-    for place, out in enumerate(outputs):
-        if isinstance(out, Tensor):
-            found.setdefault(id(out.untyped_storage()), []).append(place)
-    # All shells first: one that is empty already has no size.
-    region.shells = [Shell(outputs[p[0]], p[0], len(p) > 1) for p in found.values()]
-    for shell in region.shells:
-        shell.empty()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..chain import Holder
 from ..errors import refuse
 from .replay import Replay
 
@@ -44,6 +45,7 @@ class Shell:
         self.shared = shared
         # Weak: the output holds the graph, which holds the region, which holds this.
         self._tensor = weakref.ref(tensor)
+        self.holder: Any = None
 
     def empty(self) -> None:
         """Free the bytes; the tensor keeps its shape."""
@@ -55,9 +57,14 @@ class Shell:
         if fresh.nbytes() != self.nbytes:
             where = f"a storage of {self.nbytes} bytes came back as {fresh.nbytes()}"
             refuse("E-M03", where, "let the region depend on its arguments alone")
-        tensor = self._tensor()
-        if tensor is not None and not self.shared and _owners(self.storage) == 1:
-            tensor.data = found.detach()  # nobody else looks into the storage: no copy
+        tensor, holder = self._tensor(), self.holder and self.holder()
+        known = (tensor is not None) + (holder is not None)
+        if not self.shared and known and _owners(self.storage) == known:
+            # Nobody else looks into the storage: no copy.
+            if tensor is not None:
+                tensor.data = found.detach()
+            if holder is not None:
+                holder.tensor = torch.empty(0, dtype=found.dtype, device=found.device).set_(fresh)
             return
         self.storage.resize_(self.nbytes)
         self.storage.copy_(fresh)
@@ -92,6 +99,7 @@ class Region:
         self._fn: Callable[..., Any] | None = fn
         self._replay = replay
         self._slots: list[Any] = []
+        self._holders: list[Any] = []
         self._arguments: Any = None
         self._rest: list[Any] = []  # arguments that are no tensors
         self._places: list[int] = []  # of those that are
@@ -139,6 +147,25 @@ class Region:
             pass
         finally:
             self._slots, self._arguments, self._rest = [], None, []
+
+    def adopt(self, holder: Holder) -> None:
+        """Remember who holds an output for the graph."""
+        self._holders.append(weakref.ref(holder))
+
+    def discard(self, outputs: tuple[Any, ...]) -> None:
+        """Empty the storages of the outputs; `fill` fills them again."""
+        found: dict[int, list[int]] = {}
+        for place, out in enumerate(outputs):
+            if isinstance(out, Tensor):
+                found.setdefault(id(out.untyped_storage()), []).append(place)
+        # All shells first: one that is empty already has no size.
+        self.shells = [Shell(outputs[p[0]], p[0], len(p) > 1) for p in found.values()]
+        for shell in self.shells:
+            for reference in self._holders:
+                holder = reference()
+                if holder is not None and holder.tensor.untyped_storage() is shell.storage:
+                    shell.holder = reference
+            shell.empty()
 
     def _refill(self, outputs: Any) -> None:
         shells, self.shells = self.shells, []
