@@ -1,5 +1,7 @@
 """The core attention of a divided sequence against the whole one: outputs and gradients."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -187,12 +189,15 @@ def differences(rank, world_size):
         ]
         return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
 
-    found = {(name, kind): run(name, kind) for name in FLAGS for kind in KINDS}
+    # Megatron 0.14 knows windows of TransformerEngine alone.
+    absent = {"window"} if version("megatron-core") < "0.15" else set()
+    kinds = [kind for kind in KINDS if kind not in absent]
+    found = {(name, kind): run(name, kind) for name in FLAGS for kind in kinds}
     for name in FLAGS:
         found[name, "dropout"] = dropped(rank, module(name, "causal"), whole)
         found[name, "other group"] = of_the_batch(rank, module(name, "packed"), whole)
     caught = {}
-    for kind, mutation in MUTANTS:
+    for kind, mutation in [mutant for mutant in MUTANTS if mutant[0] not in absent]:
         with mutation.applied():
             caught[mutation.name] = run("ring of rings", kind)
     with SEEDS.applied():
@@ -269,6 +274,7 @@ def refused(rank, module, whole, layout):
     return said
 
 
+@pytest.mark.megatron014
 def test_every_algorithm_equals_the_whole_sequence_under_every_mask():
     results = run_ranks(differences, 4, preload="megatron")
     for found, _, said in results:

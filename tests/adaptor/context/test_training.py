@@ -179,3 +179,54 @@ def test_packed_documents_equal_their_mask_under_every_algorithm():
     ranks = run_ranks(packed_model, 4, runs, preload="megatron")
     for name in runs:
         assert ranks[0][name] == pytest.approx(alone["packed"], rel=2e-5, abs=1e-5), name
+
+
+def latent_model(rank, world_size):
+    """Return losses and gradient norms of multi-latent attention, plain and YaRN positions."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    import mindspeed
+    from mindspeed.train.initial import initialize_by_name
+
+    mindspeed.activate({"context_parallel_size": world_size}, level=2)
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    parallel_state.initialize_model_parallel(context_parallel_size=world_size)
+    model_parallel_cuda_manual_seed(1)
+    tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(32).expand(2, -1)
+    whole = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": places}
+    batch = get_batch_on_this_cp_rank(whole)
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    lora = {"q_lora_rank": 16, "kv_lora_rank": 12, "original_max_position_embeddings": 16}
+    heads = {"qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 6}
+    found = {}
+    for kind in ("rope", "yarn"):
+        config = MLATransformerConfig(
+            **sizes, **lora, **heads, rope_type=kind, multi_latent_attention=True,
+            hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
+            init_method_std=0.2, bias_dropout_fusion=False, context_parallel_size=world_size,
+        )  # fmt: skip
+        spec = get_gpt_layer_local_spec(multi_latent_attention=True)
+        model = GPTModel(config, spec, 64, 32, position_embedding_type="none")
+        initialize_by_name([model], config, 7)
+        lost = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).sum()
+        lost.backward()
+        sums = [lost.detach(), *(p.grad for p in model.parameters())]
+        for each in sums:
+            dist.all_reduce(each)
+        found[kind] = [float(each.norm()) for each in sums]
+    return found
+
+
+def test_latent_attention_equals_one_process():
+    (alone,) = run_ranks(latent_model, 1, preload="megatron")
+    for found in run_ranks(latent_model, 2, preload="megatron"):
+        for kind, wanted in alone.items():
+            assert found[kind] == pytest.approx(wanted, rel=2e-5, abs=1e-5), kind

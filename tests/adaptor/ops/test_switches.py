@@ -68,6 +68,10 @@ def test_what_cannot_act_is_refused(config, level, words):
     [
         ({}, False),
         ({"reset_attention_mask": True}, True),
+        (
+            {"reset_attention_mask": True, "context_parallel_size": 2, "optimization_level": 2},
+            False,
+        ),
         ({"attention_mask_type": "general"}, True),
     ],
 )

@@ -151,6 +151,19 @@ def test_rules(lab, kind, left, right, change):
     assert lab.plan(feature, config={**FINE, **change, "a_ring": False})
 
 
+def legal(values):
+    return f"legal: {values['seq_length'] // 2}."
+
+
+def test_a_rule_can_say_what_would_be_legal(lab):
+    hint = f"{__name__}:legal"
+    feature = feature_with(lab, rules=(Rule("forbids", "a_ring", "True", "no", "Mind.", hint),))
+    with pytest.raises(PlanError, match=r"no \(a_ring=True\)\. Mind\. legal: 32\."):
+        lab.plan(feature, config=FINE)
+    with pytest.raises(ValueError, match="hint must look like"):
+        Rule("forbids", "a_ring", "True", "no", hint="no reference")
+
+
 def test_every_problem_is_reported_at_once(lab):
     one = feature_with(lab, name="one", rules=(Rule("forbids", "a_ring", "True", "first"),))
     flag = Flag("--b", help="h")
