@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .calls import Call, Rows
 from .collect import gather_keys, hold_gathered, scatter_sums, to_heads, to_tokens
-from .executor import Job, Run
+from .executor import Run
+from .job import Job
 from .kernels import attend_backward
 from .plan import Transfer
 from .state import saved

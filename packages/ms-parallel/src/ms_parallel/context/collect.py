@@ -14,7 +14,8 @@ from .store import Piece
 from .transport import Steps, Transport
 
 if TYPE_CHECKING:
-    from .executor import Job, Run
+    from .executor import Run
+    from .job import Job
 
 
 def to_heads(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .calls import Call, Rows
 from .collect import gather_keys, to_heads, to_tokens
-from .executor import Job, Run
+from .executor import Run
+from .job import Job
 from .kernels import attend, merge
 from .plan import Transfer
 from .state import Saved, saved

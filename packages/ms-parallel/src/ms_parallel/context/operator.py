@@ -16,9 +16,9 @@ from torch import Tensor
 from .backward import backward_steps
 from .collect import to_tokens
 from .digest import plan_of
-from .executor import Job, make_job
 from .flops import state_context_flops
 from .forward import Result, forward_steps
+from .job import Job, make_job
 from .kernels import Scoring
 from .plan import AttnPlan
 from .state import needs_inputs, saved

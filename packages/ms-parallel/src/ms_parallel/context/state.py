@@ -16,7 +16,7 @@ from .lower import notes
 from .store import PARTS, Entry, Piece, Slot, Store, manifest
 
 if TYPE_CHECKING:
-    from .executor import Job
+    from .job import Job
 
 SavedKind = Literal["q", "k", "v", "o", "lse", "message", "gathered"]
 
