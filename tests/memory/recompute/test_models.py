@@ -12,43 +12,11 @@ from torch.nn import functional as F
 from ms_memory import Session
 from ms_memory.errors import MemoryFeatureError
 from ms_memory.recompute import activation, norms
-from support.gpt import Shape, gpt, tokens
+from support.gpt import gpt, tokens
+from support.gradients import GATED, MATRIX, PLAIN, all_equal, check, run
 from support.mutation import Mutation, assert_caught
 
-PLAIN, GATED = Shape(), Shape(gated=True)
 TOKENS = 10
-
-
-def bf16():
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-def run(model, shape, *, context=contextlib.nullcontext, steps=2, retain=False, evaluate=False):
-    """Losses, gradients, buffers and the generator after accumulating some steps."""
-    model.zero_grad()
-    torch.manual_seed(5)
-    found = []
-    for step in range(steps):
-        with context():
-            loss = F.cross_entropy(model(tokens(shape, seed=step)).flatten(0, 1).float(),
-                                   tokens(shape, seed=9).flatten())  # fmt: skip
-        if evaluate:
-            model.eval()
-            with torch.no_grad():
-                found.append(model(tokens(shape, seed=7)))
-            model.train()
-        loss.backward(retain_graph=retain)
-        if retain:
-            loss.backward()
-        found.append(loss.detach())
-    found += [p.grad for p in model.parameters() if p.requires_grad]
-    return [*found, *model.buffers(), torch.get_rng_state()]
-
-
-def all_equal(left, right):
-    return len(left) == len(right) and all(
-        torch.equal(a, b) for a, b in zip(left, right, strict=True)
-    )
 
 
 def both(session):
@@ -56,33 +24,16 @@ def both(session):
     norms(session)
 
 
-MATRIX = {
-    "plain": (PLAIN, {}),
-    "gated": (GATED, {}),
-    "dropout": (replace(PLAIN, dropout=0.3), {}),
-    "autocast": (GATED, {"context": bf16}),
-    "gqa": (replace(GATED, groups=2), {}),
-    "tied": (replace(PLAIN, tied=True), {}),
-    "accumulation": (PLAIN, {"steps": 3}),
-    "retain_graph": (PLAIN, {"retain": True}),
-    "evaluation between": (replace(PLAIN, dropout=0.3), {"evaluate": True}),
-    "parallel_residual": (replace(PLAIN, parallel=True), {}),
-}
-
-
-def check(name, apply=both):
-    shape, how = MATRIX[name]
-    expected = run(gpt(shape), shape, **how)
-    model = gpt(shape)
+@contextlib.contextmanager
+def everything(model):
     with Session(model) as session:
-        apply(session)
-        assert all_equal(run(model, shape, **how), expected)
-        assert all_equal(run(model, shape, **how), expected)
+        both(session)
+        yield
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_grad_bitequal(name):
-    check(name)
+    check(name, everything)
 
 
 def test_frozen():
@@ -313,8 +264,8 @@ MUTATIONS = {
 
 
 def check_all():
-    check("parallel_residual")
-    check("gated")
+    check("parallel_residual", everything)
+    check("gated", everything)
     test_saved_inline()
 
 

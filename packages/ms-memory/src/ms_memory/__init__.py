@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use.
 _PUBLIC: dict[str, str] = {
+    "DeferredCheckpoint": "ms_memory.recompute",
     "Discard": "ms_memory.recompute",
     "HostLedger": "ms_memory.ledger",
     "MemoryFeatureError": "ms_memory.errors",

@@ -6,6 +6,7 @@ The graph of the call is autograd's own: gradients come by the same nodes as wit
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -90,14 +91,29 @@ class _Arguments(torch.autograd.Function):
 class Region:
     """One call of a function.
 
+    Args:
+        fn: the function.
+        replay: of the states that it reads.
+        contexts: context managers around its first and its second run.
+        early_stop: end the second run with the last tensor that is missing.
+
     Attributes:
         shells: outputs to fill together with the interior.
     """
 
-    def __init__(self, fn: Callable[..., Any], replay: Replay) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        replay: Replay,
+        *,
+        contexts: tuple[Any, Any] | None = None,
+        early_stop: bool = True,
+    ) -> None:
         self.shells: list[Shell] = []
         self._fn: Callable[..., Any] | None = fn
         self._replay = replay
+        self._contexts = contexts or (contextlib.nullcontext(), contextlib.nullcontext())
+        self._early_stop = early_stop
         self._slots: list[Any] = []
         self._holders: list[Any] = []
         self._arguments: Any = None
@@ -109,7 +125,7 @@ class Region:
         """Call the function; what it saves is dropped."""
         self._keep(args, kwargs)
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        with self._replay.first(), hooks:
+        with self._replay.first(), hooks, self._contexts[0]:
             assert self._fn is not None
             return self._fn(*args, **kwargs)
 
@@ -132,13 +148,13 @@ class Region:
                 _not_the_same("it saves more tensors than before")
             _fill_slot(reference(), tensor)
             missing -= 1
-            if not missing and not self.shells:
+            if not missing and self._early_stop and not self.shells:
                 raise _Done
 
         try:
             args, kwargs = self._restored()
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, _unreachable)
-            with self._replay.again(), torch.enable_grad(), hooks:
+            with self._replay.again(), torch.enable_grad(), hooks, self._contexts[1]:
                 outputs = fn(*args, **kwargs) if missing or self.shells else None
             if missing:
                 _not_the_same(f"it saves {missing} tensors fewer than before")
@@ -146,7 +162,7 @@ class Region:
         except _Done:
             pass
         finally:
-            self._slots, self._arguments, self._rest = [], None, []
+            self._slots, self._arguments, self._rest, self._contexts = [], None, [], (None, None)
 
     def adopt(self, holder: Holder) -> None:
         """Remember who holds an output for the graph."""
