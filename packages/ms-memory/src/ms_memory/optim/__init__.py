@@ -2,5 +2,6 @@
 
 from .adamw import PackedAdamW
 from .packed import PackedMaster
+from .streamed import Streamed
 
-__all__ = ["PackedAdamW", "PackedMaster"]
+__all__ = ["PackedAdamW", "PackedMaster", "Streamed"]

@@ -1,0 +1,424 @@
+"""Swapped activations: the same gradients at every schedule, bytes that leave, host memory back."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ms_memory import device, swap
+from ms_memory.device import VirtualClock
+from ms_memory.errors import MemoryFeatureError
+from ms_memory.session import Session
+from ms_memory.swap import prefetch
+from support.swapping import (
+    HIDDEN,
+    TOKENS,
+    Work,
+    build,
+    grads,
+    loss_of,
+    same,
+    swapped,
+    tokens,
+)
+
+SEEDS = range(50)
+SCHEDULES = {"early": ["early"], "late": ["late"], "random": SEEDS}
+
+
+def step(model, batches=(0,)):
+    torch.manual_seed(9)
+    for seed in batches:
+        loss_of(model(tokens(seed)), seed).backward()
+    return grads(model)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = build(dropout=0.2)
+    return model, step(model)
+
+
+@pytest.mark.parametrize("schedules", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules(plain, schedules):
+    model, wanted = plain
+    for schedule in schedules:
+        with swapped(model, schedule) as session:
+            assert same(step(model), wanted)
+            assert session.host.ledger.total > 0
+
+
+def test_depths_layers_and_a_plan_of_attention(plain):
+    model, wanted = plain
+    for depth in (0, 1, 2, 9):
+        with swapped(model, depth=depth):
+            assert same(step(model), wanted)
+    for layers, count in (("auto", 3), (2, 2), (slice(1, 3), 2), (lambda i: i == 3, 1)):
+        with Session(model, device=device.sim()) as session:
+            moved = swap.modules(session, "layers.*", layers=layers, min_bytes=0)
+            assert len(moved.names) == count
+            assert same(step(model), wanted)
+    with swapped(model, plan=["layers.*.qkv", "layers.*.out"]) as session:
+        assert same(step(model), wanted)
+        # Each keeps its input only.
+        assert session.host.ledger.peak == 4 * 2 * TOKENS * HIDDEN * 4
+
+
+def fault_no_wait_back(self):
+    self.fetch()
+    return self._fetched
+
+
+def fault_early_release(self):
+    holder = self._holder and self._holder()
+    if not self.released and holder is not None:
+        holder.tensor = None
+        self.released = True
+
+
+def fault_early_give(self):
+    self._holder = self._fetched = None
+    self._pool.give(self._block)
+    self.group.items.pop(id(self), None)
+
+
+FAULTS = {
+    "missing wait": ("get", fault_no_wait_back),
+    "early free": ("release", fault_early_release),
+}
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS.values(), ids=FAULTS)
+def test_seeded_bugs_are_caught(plain, monkeypatch, name, fault):
+    model, wanted = plain
+    monkeypatch.setattr(prefetch._Item, name, fault)
+    found = {}
+    for schedule in ("early", "late", *range(8)):
+        with swapped(model, schedule):
+            found[schedule] = not same(step(model), wanted)
+    assert found["late"]
+    assert any(found[seed] for seed in range(8))
+    assert not found["early"]  # as on hardware that is idle
+
+
+def test_a_block_given_back_too_early_is_caught(monkeypatch):
+    model = build()
+    wanted = step(model, (1, 2))
+    monkeypatch.setattr(prefetch._Item, "_end", fault_early_give)
+
+    def drop_one(schedule):
+        with swapped(model, schedule):
+            model(tokens(0))  # its copies are under way when its graph dies
+            gc.collect()
+            return same(step(model, (1, 2)), wanted)
+
+    # Each copy runs in order, so that the later one wins; what shows is poison in between.
+    assert drop_one("early")
+    monkeypatch.undo()
+    assert drop_one("late")
+
+
+def test_live_bytes_after_forward():
+    model = build()
+    with Session(model) as plain_session:
+        ledger = plain_session.ledger
+        logits = model(tokens())
+        whole = ledger.live_bytes
+        loss_of(logits).backward()
+    with swapped(model) as session:
+        ledger = session.ledger
+        logits = model(tokens())
+        assert session.host.ledger.nbytes > 0
+        assert ledger.nbytes == whole
+        # What stays: the index, and the last layer's result, which the head saved.
+        assert whole - ledger.live_bytes == session.host.ledger.nbytes
+        assert ledger.live_bytes == TOKENS * 8 + TOKENS * HIDDEN * 4
+        loss_of(logits).backward()
+
+
+def test_views_single_copy():
+    model = build(layers=1)
+    sim = device.sim()
+    copies = []
+    original = sim.d2h.copy
+    sim.d2h.copy = lambda pairs: copies.append(pairs[0][1].numel()) or original(pairs)
+    with swapped(model, sim=sim) as session:
+        logits = model(tokens())
+        # q, k and v are three saved views of one storage; its transposes are no copies either.
+        assert copies.count(3 * TOKENS * HIDDEN) == 1
+        assert session.host.ledger.nbytes == 4 * sum(copies)
+        loss_of(logits).backward()
+        assert session.host.ledger.nbytes == 0
+
+
+def test_host_pool_balanced():
+    model = build()
+    wanted = step(model, (0, 1, 2))
+    sim = device.sim()
+    with swapped(model, sim=sim) as session:
+        for _ in range(3):
+            assert same(step(model, (0, 1, 2)), wanted)
+            assert session.host.ledger.nbytes == 0
+            pinned = sim.stats().pinned
+        step(model)
+        assert sim.stats().pinned == pinned  # later steps allocate nothing
+
+
+def lifo(run):
+    for batch in range(3):
+        run.forward(batch)
+    for batch in reversed(range(3)):
+        run.backward(batch)
+
+
+def one_forward_one_backward(run):
+    run.forward(0)
+    run.forward(1)
+    for batch in range(2, 4):
+        run.backward(batch - 2)
+        run.forward(batch)
+    run.backward(2)
+    run.backward(3)
+
+
+def interleaved(run):
+    for batch in (0, 1):
+        run.chunk_forward(0, batch)
+    for batch in (0, 1):
+        run.chunk_forward(1, batch)
+        run.chunk_backward(1, batch)
+        run.chunk_forward(0, batch + 2)
+    for batch in (2, 3):
+        run.chunk_forward(1, batch)
+    for chunk, batch in ((0, 0), (1, 3), (0, 1), (1, 2), (0, 2), (0, 3)):
+        run.chunk_backward(chunk, batch)
+
+
+class Chunks:
+    """Two pipeline chunks whose forwards and backwards run in any order."""
+
+    def __init__(self, models):
+        self.models = models
+        self.sent, self.inputs, self.outputs = {}, {}, {}
+
+    def forward(self, batch):
+        self.chunk_forward(0, batch)
+        self.chunk_forward(1, batch)
+
+    def backward(self, batch):
+        self.chunk_backward(1, batch)
+        self.chunk_backward(0, batch)
+
+    def chunk_forward(self, chunk, batch):
+        x = torch.full((TOKENS, HIDDEN), batch + 1.0) if chunk == 0 else self.sent[batch]
+        x = x.detach().cos().requires_grad_()
+        self.inputs[chunk, batch] = x
+        y = self.outputs[chunk, batch] = self.models[chunk](x)
+        self.sent[batch] = y
+
+    def chunk_backward(self, chunk, batch):
+        y = self.outputs.pop((chunk, batch))
+        grad = torch.full_like(y, 0.5) if chunk == 1 else self.inputs.pop((1, batch)).grad
+        y.backward(grad)
+
+
+@pytest.mark.parametrize("order", [lifo, one_forward_one_backward, interleaved])
+def test_pp_orders(order):
+    chunks = [build(seed=s).layers for s in (1, 2)]
+    models = [nn.Sequential(*layers) for layers in chunks]
+    order(Chunks(models))
+    wanted = [grads(m) for m in models]
+    for schedule in ("early", "late", 3, 4, 5):
+        sim = device.sim(schedule=schedule)
+        sessions = [swapped(m, sim=sim, plan="*", depth=2) for m in models]
+        order(Chunks(models))
+        assert all(same(grads(m), w) for m, w in zip(models, wanted, strict=True))
+        for session in sessions:
+            assert session.host.ledger.nbytes == 0
+            session.close()
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        raise ArithmeticError("as asked")
+
+
+@pytest.mark.parametrize("schedule", ["early", "late", 7])
+def test_exception_in_forward_releases_host(schedule):
+    model = build()
+    wanted = step(model)
+    with swapped(model, schedule) as session:
+        kept, model.layers[2] = model.layers[2], Breaks()
+        with pytest.raises(ArithmeticError):
+            model(tokens())
+        model.layers[2] = kept
+        gc.collect()
+        assert session.host.ledger.total > 0
+        assert session.host.ledger.nbytes == 0
+        assert same(step(model), wanted)
+
+
+class Timed(nn.Module):
+    """Saves `numel` fp32 numbers and takes time."""
+
+    def __init__(self, clock, ns, numel):
+        super().__init__()
+        self.clock, self.ns, self.numel = clock, ns, numel
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        big = x.repeat(self.numel) * self.weight  # saves the repeated tensor
+        return Work.apply(big.sum().view(1), self.clock, self.ns)
+
+
+def stalls(numels, depth, ns=1000):
+    """Return nanoseconds that a step waits for copies of one byte a nanosecond."""
+    clock = VirtualClock(10**9, 10**9)
+    model = nn.Sequential(*(Timed(clock, ns, n) for n in (*numels, 1)))
+    with swapped(model, plan="*", clock=clock, depth=depth, layers="auto"):
+        out = model(torch.ones(1))
+        forward = clock.stalled
+        out.backward()
+    assert clock.now == clock.stalled + 3 * ns * (len(numels) + 1)
+    return forward, clock.stalled - forward
+
+
+def test_prefetch_depth_hides():
+    # Copies of 1000 ns behind modules of 1000 ns forward and 2000 ns backward.
+    assert stalls([250] * 4, depth=1) == (0, 0)
+    assert stalls([250] * 4, depth=0)[1] == 4 * 1000
+    # One large storage needs the time of two modules.
+    large = [250, 250, 750, 0, 0]
+    assert stalls([500] * 4, depth=1)[1] == 0
+    assert stalls([250, 250, 1000, 1, 1], depth=1)[1] > 0
+    assert stalls([250, 250, 1000, 1, 1], depth=2)[1] == 0
+    assert sum(stalls([*large[:3], 1, 1], depth=3)) == 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(Region(layer) for layer in layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Region(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_inputs_of_recomputed_layers_move():
+    layers, batches = 5, 3
+    model = Checkpointed(build(layers).layers)
+    xs = [torch.full((TOKENS, HIDDEN), b + 1.0, requires_grad=True) * 1 for b in range(batches)]
+    for x in xs:
+        model(x * 2).sum().backward(retain_graph=True)
+    wanted = grads(model)
+    with swapped(model, layers="auto") as session:
+        outputs = [model(x * 2) for x in xs]
+        # The first input is the caller's, the last layer does not move.
+        expected = (layers - 2) * batches * TOKENS * HIDDEN * 4
+        assert session.host.ledger.nbytes == expected
+        for y in outputs:
+            y.sum().backward(retain_graph=True)
+        assert same(grads(model), wanted)
+        del y, outputs
+        gc.collect()
+        assert session.host.ledger.nbytes == 0
+
+
+def test_retain_graph_fetches_again():
+    model = build()
+    loss = loss_of(model(tokens()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    wanted = grads(model)
+    for schedule in ("early", "late", *range(5)):
+        sim = device.sim(schedule=schedule)
+        with swapped(model, sim=sim) as session:
+            loss = loss_of(model(tokens()))
+            loss.backward(retain_graph=True)
+            assert session.host.ledger.nbytes > 0
+            # All but the first two layers' copies on the device are gone again.
+            assert sim.stats().allocated <= session.host.ledger.nbytes // 2
+            loss.backward()
+            assert same(grads(model), wanted)
+            assert session.host.ledger.nbytes == 0
+
+
+def test_a_graph_outlives_the_session_and_part_of_it_may_die():
+    model = build()
+    wanted = step(model)
+    session = swapped(model)
+    loss = loss_of(model(tokens()))
+    session.close()
+    loss.backward()
+    assert same(grads(model), wanted)
+    assert session.host.ledger.nbytes == 0
+    with swapped(model) as session:
+        logits = model(tokens())
+        loss = loss_of(logits)
+        prefetching = logits.grad_fn.next_functions
+        assert prefetching
+        del loss, logits, prefetching
+        gc.collect()
+        assert session.host.ledger.nbytes == 0
+
+
+def test_eval_no_grad_frozen_and_autocast():
+    model = build()
+    for p in model.layers[1].parameters():
+        p.requires_grad_(False)
+
+    def mixed():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_of(model(tokens()).float()).backward()
+        return grads(model)
+
+    wanted, cast = step(model), mixed()
+    with swapped(model) as session:
+        with torch.no_grad():
+            model(tokens())
+        assert session.host.ledger.total == 0
+        model.eval()
+        assert same(step(model), wanted)
+        assert same(mixed(), cast)
+
+
+def test_small_and_excluded_storages_stay():
+    model = build()
+    with swapped(model, min_bytes=TOKENS * 2 * HIDDEN * 4) as session:
+        loss_of(model(tokens())).backward()
+        per_layer = 3 * TOKENS * HIDDEN * 4 + TOKENS * 2 * HIDDEN * 4
+        assert session.host.ledger.peak == 4 * per_layer
+    with swapped(model, exclude=lambda t: True) as session:
+        loss_of(model(tokens())).backward()
+        assert session.host.ledger.total == 0
+
+
+def test_what_is_refused():
+    model = build()
+    with Session(model) as session, pytest.raises(RuntimeError, match="frees nothing here"):
+        swap.modules(session, "layers.*")
+    with Session(model, device=device.sim()) as session:
+        with pytest.raises(MemoryFeatureError, match=r"E-M22.*layers\.0"):
+            swap.modules(session, ["layer.*"])
+        with pytest.raises(ValueError, match="depth"):
+            swap.modules(session, "layers.*", depth=-1)
+    with swapped(model) as session, pytest.raises(MemoryFeatureError, match="E-M10"):
+        swap.modules(session, "layers.1")
+    with swapped(model, host=3000) as session:
+        with pytest.raises(MemoryFeatureError, match="E-M32"):
+            model(tokens())
+        gc.collect()
+        assert session.host.ledger.nbytes == 0
