@@ -1,7 +1,8 @@
 """What cannot be combined with a divided sequence, one line a rule, before any process starts."""
 
 import re
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -139,8 +140,27 @@ def test_a_scripts_configuration_is_told():
     config = SimpleNamespace()
     algorithm.tell(config, {**NODES, "transformer_impl": "local"})
     assert config.context_attention == ContextSettings("usp", 2)
-    with pytest.raises(ValueError, match="need 'local': TransformerEngine has"):
+    with pytest.raises(ValueError, match="need 'local': TransformerEngine divides"):
         algorithm.tell(config, {**NODES, "transformer_impl": "transformer_engine"})
+    config = SimpleNamespace()
+    algorithm.tell(config, {**FOUR, "transformer_impl": "transformer_engine"})
+    assert not hasattr(config, "context_attention")
+
+
+def test_whose_documents_are_told_apart(monkeypatch):
+    values = {"reset_attention_mask": True, "attention_mask_type": "causal"}
+    training = ModuleType("megatron.training")
+    training.get_tokenizer = lambda: SimpleNamespace(eod=5)
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    for changed, wanted in (
+        ({}, 5),
+        ({"reset_attention_mask": False}, None),
+        ({"attention_mask_type": "general"}, None),
+        ({"transformer_impl": "transformer_engine"}, None),
+    ):
+        monkeypatch.setattr(documents, "script_arguments", lambda c=changed: {**values, **c})
+        assert documents.end_of_document(SimpleNamespace()) == wanted
+    assert documents.end_of_document(SimpleNamespace(end_of_document=7)) == 7
 
 
 @pytest.mark.parametrize(

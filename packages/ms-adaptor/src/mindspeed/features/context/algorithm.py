@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mindspeed.features.context.settings import mark
+from mindspeed.features.context.settings import ContextSettings, is_local, mark, settings
 from mindspeed.features.ops.script import before_post_init
 from mindspeed.patching.records import Feature, Flag, Patch, Rule
 
@@ -101,15 +101,16 @@ def tell(config: Any, values: Mapping[str, Any]) -> None:
     """Tell a configuration that a script of Megatron-LM makes how attention is divided.
 
     Raises:
-        ValueError: TransformerEngine's attention is asked for.
+        ValueError: TransformerEngine's attention is asked for, and a flag that it does not read.
     """
-    if values.get("transformer_impl", "local") != "local":
+    if is_local(values):
+        mark(config, values)
+    elif settings(values) != ContextSettings():
         raise ValueError(
-            f"--transformer-impl: got {values['transformer_impl']!r} with --context-parallel-size"
-            f" {values['context_parallel_size']}, need 'local': TransformerEngine has a"
-            " context-parallel attention of its own and reads none of these flags"
+            f"--transformer-impl: got {values['transformer_impl']!r} with flags for dividing"
+            " attention, need 'local': TransformerEngine divides attention in its own way, chosen"
+            " by --cp-comm-type"
         )
-    mark(config, values)
 
 
 wrap_post_init = before_post_init(tell)

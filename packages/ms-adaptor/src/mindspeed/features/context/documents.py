@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from mindspeed.features.context.settings import is_local
 from mindspeed.features.ops.script import script_arguments
 from mindspeed.patching.records import Feature, Patch, Rule
 
@@ -85,7 +86,7 @@ def end_of_document(config: Any) -> int | None:
     found: int | None = getattr(config, "end_of_document", None)
     values = script_arguments()
     resets = values.get("reset_attention_mask") and values.get("attention_mask_type") == "causal"
-    if found is not None or not resets:
+    if found is not None or not resets or not is_local(values):
         return found
     from megatron.training import get_tokenizer
 

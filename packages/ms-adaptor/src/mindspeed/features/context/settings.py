@@ -103,3 +103,12 @@ def mark(config: Any, values: Mapping[str, Any]) -> None:
     found = settings(values)
     if found is not None:
         config.context_attention = found
+
+
+def is_local(values: Mapping[str, Any]) -> bool:
+    """Whether layers are Megatron's own, and not TransformerEngine's.
+
+    Args:
+        values: arguments by name.
+    """
+    return bool(values.get("transformer_impl", "local") == "local")

@@ -126,7 +126,8 @@ def _keep_needed_masks(args: Any) -> None:
     general = getattr(args, "attention_mask_type", "causal") == "general"
     # On a divided sequence level 2 finds documents in the tokens.
     divided = getattr(args, "context_parallel_size", 1) > 1
-    found = divided and getattr(args, "optimization_level", 0) == 2
+    local = getattr(args, "transformer_impl", "local") == "local"
+    found = divided and local and getattr(args, "optimization_level", 0) == 2
     if general or (getattr(args, "reset_attention_mask", False) and not found):
         args.create_attention_mask_in_dataloader = True
 
