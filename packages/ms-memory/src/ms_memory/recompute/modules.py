@@ -28,6 +28,8 @@ def modules(
     *,
     granularity: Granularity = "region",
     policy: Callable[..., Any] | None = None,
+    offload_inputs: bool = False,
+    min_bytes: int = 524_288,
     early_stop: bool = True,
 ) -> list[str]:
     """Drop what modules save inside, and compute it again in the backward.
@@ -41,6 +43,9 @@ def modules(
         policy: with "sac", as for `torch.utils.checkpoint.create_selective_checkpoint_contexts`: a
             list of operators whose results are kept, or a function that returns a
             `CheckpointPolicy`.
+        offload_inputs: let the inputs wait on the host, but those of the last module, whose
+            backward follows at once; then nothing stays on the device between the two runs.
+        min_bytes: inputs below stay.
         early_stop: end the second run after the last tensor that the backward needs.
 
     Returns:
@@ -48,6 +53,7 @@ def modules(
 
     Raises:
         MemoryFeatureError: E-M22, a name matches nothing; E-M10 and E-M05, see `Session.claim`.
+        RuntimeError: inputs to offload while the model is on the processor.
         ValueError: an unknown granularity, "sac" without a policy, a policy without "sac", or in
             the forward a policy that asks for `MUST_CPU_OFFLOAD`, which eager torch does not do.
     """
@@ -60,7 +66,12 @@ def modules(
         session.claim(module, FEATURE, granularity, region=True)
     for _, module in found:
         session.wrap(module, lambda original: _again(session, original, policy, early_stop))
-    return [name for name, _ in found]
+    names = [name for name, _ in found]
+    if offload_inputs:
+        from ..swap.modules import inside, install
+
+        install(session, names, inside(names[:-1], min_bytes))
+    return names
 
 
 def _again(
@@ -111,6 +122,7 @@ def segments(layers: int, method: Method, size: int) -> list[range]:
         size: layers of a run, or number of runs.
 
     Raises:
+        RuntimeError: inputs to offload while the model is on the processor.
         ValueError: an unknown method, or a number out of range.
     """
     if method == "uniform":
