@@ -6,7 +6,18 @@ from random import Random
 import pytest
 
 from ms_memory import MemoryFeatureError
-from ms_memory.planner import Layer, LayerOption, Option, Problem, Site, Span, chain, solve
+from ms_memory.planner import (
+    Layer,
+    LayerOption,
+    Option,
+    Problem,
+    Site,
+    Span,
+    chain,
+    pareto,
+    solve,
+)
+from ms_memory.planner.table import Table
 
 from .instances import best, least_budget, random_chain, random_instance
 
@@ -35,6 +46,23 @@ def test_exact_vs_brute():
         assert plan.bound == plan.time
         outcomes["plan"] += 1
     assert min(outcomes.values()) > 20  # both happen
+
+
+MUTANTS = {
+    "dominance looks at cost alone": (pareto, "undominated", lambda states: states[:1]),
+    "rows have room for everything": (
+        Table,
+        "rooms",
+        lambda self, budget, host: (1 << 40,) * len(self.floor),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_solvers_are_caught(name, monkeypatch):
+    monkeypatch.setattr(*MUTANTS[name])
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_exact_vs_brute()
 
 
 def least_of(problem):
