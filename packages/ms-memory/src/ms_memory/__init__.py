@@ -15,10 +15,10 @@ _PUBLIC: dict[str, str] = {
     "MemoryFeatureError": "ms_memory.errors",
     "PackedAdamW": "ms_memory.optim",
     "PackedMaster": "ms_memory.optim",
-    "Streamed": "ms_memory.optim",
     "SavedLedger": "ms_memory.ledger",
     "Session": "ms_memory.session",
     "StorageCensus": "ms_memory.ledger",
+    "Streamed": "ms_memory.optim",
     "Timeline": "ms_memory.ledger",
 }
 
