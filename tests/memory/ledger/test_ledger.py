@@ -153,6 +153,25 @@ def test_hooks_leave_values_and_identity():
     assert all(holder() is None for _, holder in chain._holders.values())
 
 
+def test_a_saved_tensor_that_is_written_is_noticed():
+    """With hooks torch itself looks no more."""
+    x = torch.ones(3, requires_grad=True)
+
+    def written(x, twice=False):
+        y = x * 2
+        z = y.pow(2).sum()
+        y.add_(1)
+        return z + y.pow(3).sum() if twice else z
+
+    with Chain().hooks():
+        z = written(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        z.backward()
+    z = Discard()(written, x, twice=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        z.backward()
+
+
 def test_stages_act_in_order():
     log = []
 

@@ -106,10 +106,39 @@ class Watch(Protocol):
         """See a holder when its storage is first saved."""
 
 
+class Writes:
+    """Notices writes to a tensor after it was saved: torch leaves that to whoever has hooks.
+
+    Args:
+        tensor: which is saved now.
+    """
+
+    __slots__ = ("_counter", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # An alias shares the counter of writes; without a storage of its own it keeps no bytes.
+        self._counter = tensor.detach()
+        self._counter.data = tensor.new_empty(0)
+        self._version = tensor._version
+
+    def check(self) -> None:
+        """Raise what torch raises for a tensor that was written.
+
+        Raises:
+            RuntimeError: it was.
+        """
+        if self._counter._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an"
+                f" inplace operation: it is at version {self._counter._version}; expected"
+                f" version {self._version} instead"
+            )
+
+
 class _View:
     """What a graph keeps in place of a saved tensor."""
 
-    __slots__ = ("dtype", "holder", "offset", "size", "stride")
+    __slots__ = ("dtype", "holder", "offset", "size", "stride", "written")
 
     def __init__(self, holder: Holder, tensor: Tensor) -> None:
         self.holder = holder
@@ -117,6 +146,7 @@ class _View:
         self.size = tensor.size()
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
+        self.written = Writes(tensor)
 
 
 class Chain:
@@ -230,6 +260,7 @@ class Chain:
         if not isinstance(packed, _View):
             assert isinstance(packed, Tensor)
             return packed
+        packed.written.check()
         with torch.no_grad():
             flat = self._fetch(packed.holder)
             found = torch.empty(0, dtype=packed.dtype, device=flat.device)

@@ -22,12 +22,13 @@ from .replay import Replay
 class Slot:
     """Stands in a graph for a saved tensor."""
 
-    __slots__ = ("__weakref__", "dtype", "shape", "tensor")
+    __slots__ = ("__weakref__", "dtype", "shape", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.tensor: Tensor | None = None
+        self.version = 0
 
 
 class Shell:
@@ -217,6 +218,11 @@ class Region:
         if slot.tensor is None:
             where = "a region whose second run failed or is running"
             refuse("E-M03", where, "let the first error end the step")
+        if slot.tensor._version != slot.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an"
+                " inplace operation inside a region that is computed again"
+            )
         return slot.tensor
 
 
@@ -228,7 +234,7 @@ def _fill_slot(slot: Slot | None, tensor: Tensor) -> None:
             f"a saved tensor was {slot.dtype} {list(slot.shape)} and is now"
             f" {tensor.dtype} {list(tensor.shape)}"
         )
-    slot.tensor = tensor.detach()
+    slot.tensor, slot.version = tensor.detach(), tensor._version
 
 
 def _not_the_same(what: str) -> NoReturn:
