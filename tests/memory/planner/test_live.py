@@ -1,8 +1,10 @@
 """A plan at work on a model: what it predicts is what is measured, and nothing else changes."""
 
+import importlib
 import itertools
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -163,11 +165,35 @@ def test_plan_end_to_end():
     assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))
 
 
+def test_a_step_over_the_budget_is_planned_again_once(monkeypatch):
+    """What is measured beyond the budget is taken off it; then the plan stays, and it is said."""
+    model, tokens = make()
+    step, seen = partial(loss_of, model, tokens), []
+
+    def more(model, step, made):
+        seen.append(made.budget)
+        return planner.Verified(made.peak, 400_000 + 1234)
+
+    monkeypatch.setattr(importlib.import_module("ms_memory.planner.apply"), "verify", more)
+    with planner.plan(model, step, 400_000, clock=ticks()):
+        assert seen == [400_000, 400_000 - 1234]
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_times_of_like_layers_are_levelled():
+    """One layer that was disturbed while it was timed does not look dearer than its like."""
+    model, tokens = make((64, 64, 64, 64))
+    found = planner.profile(model, partial(loss_of, model, tokens), steps=1)
+    for name in ("discard", "recompute"):
+        times = {o.time for layer in found.layers[1:-1] for o in layer.options if o.name == name}
+        assert len(times) == 1
+
+
 def test_guard_dynamic_shape(caplog):
     model, tokens = make()
     long = torch.cat([tokens, tokens], 1)
     want = gradients(model, long)
-    step = lambda: loss_of(model, tokens)  # noqa: E731
+    step = partial(loss_of, model, tokens)
     with planner.plan(model, step, 10**7, clock=ticks()) as installed:
         gradients(model, tokens[:, :8])
         assert not installed.fallen_back
@@ -185,7 +211,7 @@ def test_guard_dynamic_shape(caplog):
 
 def test_pins_and_what_is_refused(profiled):
     model, tokens, found = profiled
-    step = lambda: loss_of(model, tokens)  # noqa: E731
+    step = partial(loss_of, model, tokens)
     made = planner.solve(found.problem(), 10**7, pins={"blocks.1": "recompute"})
     assert made.actions() == {"blocks.1": "recompute"}
     with pytest.raises(MemoryFeatureError, match="E-M30"):

@@ -72,7 +72,7 @@ class Recorder:
         handles = []
         for name in self._layers:
             module = self._model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(self._enter(name)))
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave(name)))
         try:
             yield
@@ -80,12 +80,12 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+    def _enter(self, name: str) -> Callable[[nn.Module, object, object], None]:
         first = name == self._layers[0]
 
-        def enter(module: nn.Module, args: tuple[object, ...]) -> None:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             if first:
-                for tensor in _differentiable(args)[:1]:
+                for tensor in _differentiable((args, kwargs))[:1]:
                     tensor.register_hook(lambda _: self.mark("end"))
             self.mark(f"forward {name}")
 

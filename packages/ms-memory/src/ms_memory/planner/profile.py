@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -210,7 +211,22 @@ def _layers(names: Sequence[str], runs: Mapping[str, Runs]) -> tuple[Layer, ...]
         Layer(name, tuple(_measured(name, follower, a, runs) for a in runs))
         for name, follower in zip(names, (*names[1:], None), strict=True)
     )
-    return Layer("before the layers", (before,)), *middle, Layer("after the layers", (after,))
+    layers = _levelled(list(middle))
+    return Layer("before the layers", (before,)), *layers, Layer("after the layers", (after,))
+
+
+def _levelled(layers: Sequence[Layer]) -> list[Layer]:
+    """Give options that hold the same bytes one time, the median: the rest is noise."""
+    times: dict[tuple[str, int, int], list[int]] = {}
+    for layer in layers:
+        for option in layer.options:
+            times.setdefault((option.name, option.held, option.forward), []).append(option.time)
+
+    def level(option: LayerOption) -> LayerOption:
+        alike = times[option.name, option.held, option.forward]
+        return replace(option, time=statistics.median_low(alike))
+
+    return [replace(layer, options=tuple(map(level, layer.options))) for layer in layers]
 
 
 def _measured(
