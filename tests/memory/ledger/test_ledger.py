@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ms_memory.chain import Chain
+from ms_memory.chain import Chain, chain_of, probed_hooks, top_hooks
 from ms_memory.errors import MemoryFeatureError
 from ms_memory.ledger import HostLedger, SavedLedger, StorageCensus, Timeline
 from ms_memory.recompute import Discard
@@ -170,6 +170,26 @@ def test_a_saved_tensor_that_is_written_is_noticed():
     z = Discard()(written, x, twice=True)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         z.backward()
+
+
+def test_whose_hooks_are_innermost():
+    """As torch tells, and as it is found out where torch does not."""
+    chain, other = Chain(), Chain()
+    ledger = SavedLedger()
+    chain.watch(ledger)
+    foreign = torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda p: p[0])
+    for ask in (top_hooks, probed_hooks):
+        assert ask() is None
+        with chain.hooks():
+            assert chain_of(ask()) is chain
+            with foreign:
+                assert ask() is not None
+                assert chain_of(ask()) is None
+                with other.hooks():
+                    assert chain_of(ask()) is other
+            assert chain_of(ask()) is chain
+        assert ask() is None
+    assert ledger.entries == []
 
 
 def test_stages_act_in_order():
