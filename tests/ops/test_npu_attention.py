@@ -110,7 +110,7 @@ def test_a_trace_asks_for_the_version_whose_numbers_are_tensors():
 
 
 def test_lengths_are_read_once_and_again_after_a_change():
-    from ms_ops.attention.npu_mask import ends_of
+    from ms_ops.attention.starts import ends_of
 
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     assert ends_of(starts) == [2, 5]

@@ -1,8 +1,5 @@
 """Every line of the NPU backends runs on the emulated torch_npu, and every recorded operator."""
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 
@@ -13,21 +10,12 @@ from ms_ops.testing.npu import emulated_npu, recorded_schemas
 from ms_ops.testing.npu.matmul import TORCHS
 from support.comm_ranks import run_on_emulation
 from support.lines import function_lines, lines_run
+from support.npu_backends import backend_files
 from support.npu_contract import forward_and_backward
 from support.npu_samples import all_samples
 
 # Only reached under a tracer, which sys.settrace does not follow: tests/ops/test_npu_attention.py.
 TRACED = {"npu.npu_fusion_attention_v3", "npu.npu_fusion_attention_grad_v3"}
-
-
-def backend_files():
-    """The files of the NPU backends."""
-    found = set()
-    for module in pkgutil.walk_packages(ms_ops.__path__, "ms_ops."):
-        last = module.name.rpartition(".")[2]
-        if last.startswith("npu") and ".testing" not in module.name:
-            found.add(importlib.import_module(module.name).__file__)
-    return found
 
 
 def every_call(dtype):

@@ -11,6 +11,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ms_ops import registry, testing
-from ms_ops.attention.npu_mask import note_ends
+from ms_ops.attention.starts import note_ends
 from ms_ops.opdef import NAMESPACE
 from ms_ops.opdef import OPERATORS as DEFINED
 from ms_ops.testing.npu.attention import KERNELS
+from support.npu_backends import noted_lines
+from support.npu_samples import all_samples
 
 VENDOR = ("npu", "atb")
 # Operators of torch itself that a backend asks for because torch_npu has kernels of its own.
@@ -79,7 +83,8 @@ def run_samples(op: str, dtype: torch.dtype) -> tuple[int, list[str]]:
     Returns how many there were, and torch_npu's operators used.
     """
     contract, count = ContractMode(), 0
-    for sample in testing.OPERATORS[op].samples(dtype, "cpu"):
+    more = all_samples(dtype) if op == "attention" else ()
+    for sample in (*testing.OPERATORS[op].samples(dtype, "cpu"), *more):
         with FakeTensorMode():
             args = [_on_npu(a) for a in sample.args]
             kwargs = {k: _on_npu(a) for k, a in sample.kwargs.items()}
@@ -108,6 +113,10 @@ def forward_and_backward(
         torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs])
 
 
+# Where children note the lines of the backends that they run; None: nowhere.
+lines_folder: Path | None = None
+
+
 def in_child(function: Callable[[], object]) -> str:
     """Run a function in a forked child; return "" or its traceback, or how it ended."""
     read, write = os.pipe()
@@ -115,7 +124,8 @@ def in_child(function: Callable[[], object]) -> str:
     if child == 0:
         text = ""
         try:
-            function()
+            with noted_lines(lines_folder) if lines_folder else nullcontext():
+                function()
         except BaseException:
             text = traceback.format_exc()
         os.write(write, text.encode()[-60000:])

@@ -13,6 +13,7 @@ from .attention import (
     attention_backward,
     attention_merge,
     causal_mask,
+    sequence_starts,
 )
 from .dropout_norm import dropout_add_norm
 from .flops import register_flop_formulas
@@ -110,6 +111,7 @@ __all__ = [
     "rope",
     "rope_freqs",
     "scaled_masked_softmax",
+    "sequence_starts",
     "set_backend",
     "swiglu",
     "unregister_backend",

@@ -24,6 +24,7 @@ from .call import SCHEMA, Call
 from .flops import backward_flops, forward_flops
 from .layout import causal_mask
 from .merge import attention_merge
+from .starts import sequence_starts
 
 
 @overload
@@ -252,4 +253,5 @@ __all__ = [
     "attention_backward",
     "attention_merge",
     "causal_mask",
+    "sequence_starts",
 ]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..masks import UNBOUNDED, MaskSpec, npu_form
 from .call import Call
 from .layout import PACKED, sizes
 from .pattern import allowed, whole
+from .starts import ends_of
 
 # How many sequences the compressed prefix mode takes at most, and how many a pack.
 PREFIXES, SEQUENCES = 32, 1000
@@ -131,23 +131,3 @@ def _sees_nothing(call: Call, rows: int, keys: int) -> bool:
     corner = keys - rows if call.corner == "lower_right" else 0
     left, right = call.window
     return rows > 0 and (corner + right < 0 or rows - 1 + corner - left > keys - 1)
-
-
-_known = WeakTensorKeyDictionary()
-
-
-def ends_of(starts: Tensor) -> list[int]:
-    """Return where packed sequences end: the starts without the leading 0, on the host.
-
-    The kernel takes them as host numbers. They are read once for a tensor, so that the layers of a
-    model wait for the device once a step.
-    """
-    if starts not in _known or _known[starts][0] != starts._version:
-        note_ends(starts, starts.tolist()[1:])
-    ends: list[int] = _known[starts][1]
-    return ends
-
-
-def note_ends(starts: Tensor, ends: list[int]) -> None:
-    """Tell what a tensor of starts holds, so that nobody has to read it."""
-    _known[starts] = (starts._version, ends)

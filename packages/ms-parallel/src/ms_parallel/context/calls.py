@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ms_ops import sequence_starts
+
 from .plan import AttnPlan, Block, Kind
 from .tiles import join_full
 
@@ -250,10 +252,7 @@ def _packed(items: Sequence[Item], device: torch.device) -> Call:
     q = _rows(first.q_owner, [(b.q0, b.q1) for b, _ in items], device)
     kv = _keys([k for _, keys in items for k in keys], device)
     lengths = [b.q1 - b.q0 for b, _ in items], [sum(b - a for _, a, b in k) for _, k in items]
-    cu_q, cu_k = (
-        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
-        for n in lengths
-    )
+    cu_q, cu_k = (sequence_starts(n, device) for n in lengths)
     return Call(first.kind, q, kv, cu_q, cu_k, first.q_pos, first.k_pos)
 
 
