@@ -31,7 +31,7 @@ class Package:
 
 
 PACKAGES = (
-    Package("ms-memory", "ms-memory", "ms_memory", siblings=("ms-ops",)),
+    Package("ms-memory", "ms-memory", "ms_memory", ("report",), ("ms-ops",)),
     Package("ms-ops", "ms-ops", "ms_ops", ("triton",)),
     Package("ms-parallel", "ms-parallel", "ms_parallel", siblings=("ms-ops",)),
     Package("ms-profile", "ms-profile", "ms_profile", ("report",)),

@@ -25,10 +25,10 @@ def test_values():
 
 def test_without_a_compiler(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/c++",))
     function = Compiled(reference.forward, portable.forward)
     x = torch.randn(3, 14)
-    with caplog.at_level(logging.WARNING, "ms_ops"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)})
+    with no_compiler, caplog.at_level(logging.WARNING, "ms_ops"):
         results = [function(x, -1) for _ in range(2)]
     assert all(torch.equal(y, portable.forward(x, -1)) for y in results)
     assert [r.message for r in caplog.records if "cannot be compiled" in r.message] != []
