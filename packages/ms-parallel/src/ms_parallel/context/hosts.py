@@ -111,9 +111,16 @@ class DistributedAttention(torch.nn.Module):
             batch_dim_idx: not read: the dimensions are told apart by the constructor's.
             *args: passed on to the local attention.
             **kwargs: likewise.
+
+        Raises:
+            ValueError: fewer query heads than processes.
         """
         heads, tokens = self.scatter_idx, self.gather_idx
         size, me = dist.get_world_size(self.spg), dist.get_rank(self.spg)
+        if query.shape[heads] < size:
+            # Known to all processes alike: else one would fail and the others wait for it.
+            need = f"at least {size}, one for each process"
+            fail(ValueError, "DistributedAttention", "query", f"{query.shape[heads]} heads", need)
         shared = kv_head_plan(query.shape[heads], key.shape[heads], size)
         q = seq_to_head(query, self.spg, tokens, heads, head_counts=shared.q)
         k, v = (
