@@ -127,10 +127,10 @@ class Session:
     @functools.cached_property
     def device(self) -> Device:
         """Where the model runs."""
-        from .device import resolve
+        from .device import device_of, resolve
 
         auto = isinstance(self._where, str) and self._where == "auto"
-        return resolve(_device_of(self.model) if auto else self._where)
+        return device_of(_device_of(self.model)) if auto else resolve(self._where)
 
     @functools.cached_property
     def host(self) -> HostPool:

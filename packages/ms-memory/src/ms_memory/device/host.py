@@ -63,6 +63,6 @@ class Cpu:
 
 def _refuse_copy() -> NoReturn:
     raise RuntimeError(
-        "device 'cpu': a copy to the host frees nothing here; use an accelerator, or "
-        "ms_memory.device.sim() to run the same code in tests"
+        "device 'cpu': a copy to the host frees nothing here; use an accelerator, or to run the"
+        " same code in tests ms_memory.device.sim(), or MS_MEMORY_SIM=late in the environment"
     )
