@@ -4,8 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 
-from ms_memory import device
+from ms_memory import Session, Streamed, device
 
 
 class Module:
@@ -87,6 +88,36 @@ def test_resolve():
     assert device.resolve().name == (kind.type if kind else "cpu")
     with pytest.raises(ValueError, match="need one that torch has a module for"):
         device.resolve("npu" if not hasattr(torch, "npu") else "hpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "capacity"),
+    [
+        ("early", "early", None),
+        ("late", "late", None),
+        ("17", 17, None),
+        ("late:4096", "late", 4096),
+    ],
+)
+def test_a_simulated_device_from_the_environment(monkeypatch, given, schedule, capacity):
+    monkeypatch.setenv("MS_MEMORY_SIM", given)
+    model = nn.Linear(2, 2)
+    found = Session(model).device
+    assert (found.name, found.schedule, found.capacity) == ("sim", schedule, capacity)
+    # Who names a device gets it.
+    assert device.resolve("cpu").name == device.resolve(torch.device("cpu")).name == "cpu"
+    assert device.device_of(torch.device("cuda", 0)).name == "cuda"
+    assert Streamed(torch.optim.SGD(model.parameters(), 0.1)).step() is None
+    monkeypatch.delenv("MS_MEMORY_SIM")
+    with pytest.raises(RuntimeError, match="MS_MEMORY_SIM=late"):
+        Streamed(torch.optim.SGD(model.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("given", ["soon", "late:", "late:1GiB", "-1", ":5", "3:4:5"])
+def test_an_unreadable_simulated_device(monkeypatch, given):
+    monkeypatch.setenv("MS_MEMORY_SIM", given)
+    with pytest.raises(ValueError, match=f"MS_MEMORY_SIM: got '{given}', need early, late or a"):
+        device.device_of(torch.device("cpu"))
 
 
 def test_the_processor_refuses_to_copy():

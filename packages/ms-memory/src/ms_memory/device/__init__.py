@@ -33,6 +33,7 @@ __all__ = [
 
 # Names a simulated device to stand for the processor.
 SIM = "MS_MEMORY_SIM"
+_SCHEDULES: dict[str, Schedule] = {"early": "early", "late": "late"}
 
 
 def cpu() -> Cpu:
@@ -85,7 +86,7 @@ def device_of(where: torch.device) -> Device:
     if where.type != "cpu" or not given:
         return resolve(where)
     first, colon, nbytes = given.partition(":")
-    schedule: Schedule | None = first if first in ("early", "late") else _number(first)
+    schedule = _SCHEDULES.get(first, _number(first))
     capacity = _number(nbytes)
     if schedule is None or bool(colon) != (capacity is not None):
         need = "early, late or a seed, then perhaps a colon and a number of bytes"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..device import Device, Event, resolve
+from ..device import Device, Event, device_of
 from .bins import bins, peak
 from .store import MASTER, Store, check_masters, nbytes_of
 
@@ -75,7 +75,7 @@ class Streamed(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self._share()
         params = self._params()
-        where = resolve(params[0].device) if device is None else device
+        where = device_of(params[0].device) if device is None else device
         where.d2h  # noqa: B018  refuses where there is no other place
         moved = None if keys is None else frozenset(keys)
         self._store = Store(where, moved, masters is not None, host_bytes)
