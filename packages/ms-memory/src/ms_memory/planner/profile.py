@@ -97,6 +97,7 @@ def profile(
     actions: Sequence[str] = tuple(TREATMENTS),
     steps: int = 2,
     clock: Clock = time.perf_counter_ns,
+    session: Callable[[nn.Module], Session] = Session,
 ) -> Profile:
     """Measure bytes and times of a step: once as it is, and once with each action on all layers.
 
@@ -111,6 +112,8 @@ def profile(
         actions: what to try, beside keeping everything.
         steps: for the times, of which the least counts.
         clock: returns nanoseconds.
+        session: opens the session in which an action is tried; a framework's own registers its
+            generators.
 
     Raises:
         MemoryFeatureError: E-M22, no layers were found, or a step does not run each of them once.
@@ -125,7 +128,7 @@ def profile(
     try:
         runs = {"keep": _runs(model, step, names, None, steps, clock)}
         for action in actions:
-            found = _try(model, step, names, action, steps, clock)
+            found = _try(session, model, step, names, action, steps, clock)
             if found is not None:
                 runs[action] = found
     finally:
@@ -149,6 +152,7 @@ Runs = dict[str, tuple[Phase, ...]]
 
 
 def _try(
+    open_session: Callable[[nn.Module], Session],
     model: nn.Module,
     step: Callable[[], object],
     names: Sequence[str],
@@ -158,7 +162,7 @@ def _try(
 ) -> Runs | None:
     """Measure an action; None: it has nothing to act on in this model."""
     try:
-        with Session(model) as session:
+        with open_session(model) as session:
             TREATMENTS[action](session, names)
             return _runs(model, step, names, session, steps, clock)
     except MemoryFeatureError as refused:
