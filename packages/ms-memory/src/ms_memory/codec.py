@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chain import Holder
+from .stages import Holder
 
 # The same operation under its newer name, where torch has it.
 _all_gather_flat: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .chain import Chain, Site, chain_of, top_hooks
+from .chain import Chain, chain_of, top_hooks
 from .errors import refuse
 from .ledger.saved import SavedLedger, state_of
 from .patching import Wrapped
 from .recompute.replay import Source, default_sources
+from .stages import Site
 
 if TYPE_CHECKING:
     from .device import Device

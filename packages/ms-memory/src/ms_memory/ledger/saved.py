@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chain import Chain, Holder, Site
+from ..chain import Chain
+from ..stages import Holder, Site
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..chain import Holder
 from ..errors import refuse
+from ..stages import Holder
 from .replay import Replay
 
 

@@ -1,6 +1,6 @@
 """Saved tensors on the host between forward and backward."""
 
-from ..chain import Site
+from ..stages import Site
 from .modules import Swapped, inside, install, modules
 from .pool import Block, HostPool
 from .prefetch import Prefetcher

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from ..chain import Codec, Holder
 from ..recompute.match import Layers, Plan, chosen, layer_index, matched
+from ..stages import Codec, Holder
 from .pool import HostPool
 from .prefetch import Choice, Prefetcher
 

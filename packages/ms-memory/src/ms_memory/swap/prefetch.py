@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..chain import Holder
 from ..device import Device, Event
+from ..stages import Holder
 from .pool import HostPool
 
 # Names the group of a saved storage; None: it stays on the device.
