@@ -75,6 +75,7 @@ class Handle:
         self._hooks = ImportHooks()
         self._waiting: dict[str, list[Slot]] = {}
         self._holds = 0
+        self._on_undo: list[Callable[[], object]] = []
         self._stop_watching: Callable[[], None] | None = None
         self._last: tuple[Report, tuple[str, ...]] | None = None
 
@@ -96,6 +97,11 @@ class Handle:
         if self._holds <= 0:
             self.undo()
 
+    def on_undo(self, callback: Callable[[], object]) -> None:
+        """Have something else taken back with the plan, before it; the same callback once."""
+        if callback not in self._on_undo:
+            self._on_undo.append(callback)
+
     def undo(self) -> None:
         """Take everything back, last change first; a second call does nothing.
 
@@ -108,7 +114,7 @@ class Handle:
                 return
             self._last = self.report(), self.never_called()
             _state.active = None
-            problems = self._take_back()
+            problems = [*self._call_back(), *self._take_back()]
         if problems:
             raise PatchError("\n".join(problems))
 
@@ -267,6 +273,15 @@ class Handle:
         """Places that belong to other slots, and the copies that these have rebound."""
         others = [other for other in self._slots.values() if other is not slot]
         return frozenset(place for other in others for place in (other.place, *other.copies))
+
+    def _call_back(self) -> list[str]:
+        problems = []
+        while self._on_undo:
+            try:
+                self._on_undo.pop()()
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
 
     def _take_back(self) -> list[str]:
         if self._stop_watching is not None:

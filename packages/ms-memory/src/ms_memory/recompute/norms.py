@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import refuse
 from .discard import Discard
-from .match import Layers, chosen, matched
+from .match import Layers, Plan, chosen, matched
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -21,7 +21,7 @@ FEATURE = "recompute.norms"
 _NORM = re.compile(r"(Layer|RMS|Rms)Norm|^Norm$")
 
 
-def norms(session: Session, match: str = "auto", layers: Layers = None) -> list[str]:
+def norms(session: Session, match: Plan = "auto", layers: Layers = None) -> list[str]:
     """Discard the outputs of norms until the backward needs them.
 
     Saves w sbh a norm (w bytes an element, s tokens, b batch, h wide) and its statistics; costs one
@@ -31,7 +31,7 @@ def norms(session: Session, match: str = "auto", layers: Layers = None) -> list[
     Args:
         session: of the model.
         match: "auto" for layer and RMS norms directly in a layer of a `ModuleList`; or names with
-            wildcards.
+            wildcards, or a function of name and module.
         layers: None for all, the first so many, a slice, or a function of the layer's index.
 
     Returns:
@@ -118,6 +118,12 @@ def _release(pending: _Pending, returned: Any) -> None:
 
 def _differentiable(out: Any) -> list[Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def norms_of(model: nn.Module, layer: str) -> list[str]:
+    """Return the paths of the layer and RMS norms directly in a layer."""
+    children = model.get_submodule(layer).named_children()
+    return [f"{layer}.{n}" for n, m in children if _NORM.search(type(m).__name__)]
 
 
 def _of_a_layer(model: nn.Module, path: str, module: nn.Module) -> bool:

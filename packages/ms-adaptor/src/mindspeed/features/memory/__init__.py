@@ -1,0 +1,1 @@
+"""Memory features at optimization level 2: one file each, over ms_memory."""
