@@ -31,6 +31,7 @@ MOST = 8  # simulated ranks
 ALGORITHMS = {
     "ulysses": {"algorithm": "ulysses"},
     'ulysses, keep "pre"': {"algorithm": "ulysses", "kv_keep": "pre"},
+    'ulysses, keep "pre_k"': {"algorithm": "ulysses", "kv_keep": "pre_k"},
     "ring": {},
     'ring, keep "k"': {"kv_keep": "k"},
     'ring, keep "kv"': {"kv_keep": "kv"},
@@ -53,6 +54,7 @@ def formula(name, size):
     return {
         "ulysses": (inner, inner),
         'ulysses, keep "pre"': (inner, inner + again),
+        'ulysses, keep "pre_k"': (inner, inner + again / 2),
         "ring": (ring, 2 * ring),
         'ring, keep "k"': (ring, 2 + (p - 2) + ring),
         'ring, keep "kv"': (ring, 2 + ring),

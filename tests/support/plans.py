@@ -60,7 +60,7 @@ def random_arguments(seed):
     ring = algorithm in ("ring", "usp")
     heads = rng.choice(((4, 4), (8, 2), (6, 3), (5, 1), (24, 6)))
     shared = nodes == 1 < ulysses and kv_head_plan(*heads, ulysses).shared
-    keep = rng.choice(("last", "pre")) if shared else "last"
+    keep = rng.choice(("last", "pre", "pre_k")) if shared else "last"
     return {
         "layout": layout,
         "mask": random_mask(rng, documents),

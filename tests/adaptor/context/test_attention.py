@@ -64,6 +64,8 @@ def test_what_the_flags_ask_for():
     found = {name: settings({**DIVIDED, **flags}) for name, flags in FLAGS.items()}
     assert found["ulysses"] == ContextSettings()
     assert found["ring"].p2p == "dual_group"
+    half = settings({**DIVIDED, "context_parallel_kv_cache_policy": "half"})
+    assert half.arguments(4)["kv_keep"] == "pre_k"
     wanted = {
         "ulysses": ("ulysses", 4, 1, "last"),
         "ulysses keeps": ("ulysses", 4, 1, "pre"),

@@ -51,7 +51,6 @@ REFUSED = [
     ({**FOUR, **ALIBI, **GENERAL}, "a bias of ALiBi with signs needs a causal mask"),
     ({**FOUR, "use_legacy_models": True}, "legacy models cannot divide"),
     ({"context_parallel_kv_cache_policy": "full"}, "this one is not divided"),
-    ({**FOUR, "context_parallel_kv_cache_policy": "half"}, "both or none"),
     ({**RING, "context_parallel_cache_interval": 1}, "belongs to a policy"),
     (
         {
@@ -98,7 +97,7 @@ def test_refused_with_what_would_be_legal(values, words):
         {**FOUR, **HEADS, "tensor_model_parallel_size": 2, "context_parallel_uneven_heads": True},
         {**FOUR, **ALIBI, **GENERAL, "alibi_fusion_attn_type": 2},
         {**FOUR, **ALIBI, **GENERAL, "fill_neg_inf": True},
-        {**FOUR, "context_parallel_kv_cache_policy": "full"},
+        {**FOUR, "context_parallel_kv_cache_policy": "half"},
         {**FOUR, "use_ulysses_allgather_kv": True, "num_query_groups": 1},
         {**TASKS, **GENERAL, "adaptive_cp_dynamic_attn_mask": True, "attention_mask_on_cpu": True},
         {**TASKS, "adaptive_cp_without_coarse": True, "adaptive_cp_only_reschedule": True},
@@ -181,7 +180,7 @@ def test_whose_documents_are_told_apart(monkeypatch):
         (hybrid.advise, NODES, "where links are fast"),
         (kv_cache.advise, RING, "pays where messages take longer"),
         (kv_cache.advise, {**FOUR, "num_query_groups": 8}, "saves no memory"),
-        (kv_cache.advise, {**FOUR, "num_query_groups": 2}, "less memory, one exchange more"),
+        (kv_cache.advise, {**FOUR, "num_query_groups": 2}, "less memory, more exchanged"),
         (adaptive.advise, TASKS, "megatron_cp_algo sends less"),
         (adaptive.advise, {**TASKS, **GENERAL}, "at full resolution"),
         (documents.advise, FOUR, "where documents begin"),

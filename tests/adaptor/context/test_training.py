@@ -48,6 +48,7 @@ DIVIDED = {
             "recompute_num_layers": 1,
         },
     ),
+    "half of ulysses": ("plain", {**FOUR, "context_parallel_kv_cache_policy": "half"}),
     "hybrid": ("learned", {**FOUR, **HYBRID}),
     "adaptive": ("window", {**FOUR, "context_parallel_algo": "adaptive_cp_algo"}),
     "tensor": ("plain", {**TWO, "tensor_model_parallel_size": 2, "sequence_parallel": True}),

@@ -92,6 +92,9 @@ def test_kept_keys_and_values_by_the_table(size):
         assert {state_bytes(plan, r, E) for r in range(size)} == {copies * k}
     plan = plan_of(layout=layout, kv_keep="pre", algorithm="ulysses")
     assert {state_bytes(plan, r, E, 3) for r in range(size)} == {3 * 2 * k}
+    plan = plan_of(layout=layout, kv_keep="pre_k", algorithm="ulysses")
+    values = [48 * D * E * (last - first) for first, last in plan.heads.kv]
+    assert [state_bytes(plan, r, E, 3) for r in range(size)] == [3 * (k + v) for v in values]
 
 
 def tried(advice):

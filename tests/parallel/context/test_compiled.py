@@ -13,7 +13,7 @@ from ms_parallel.context.trace import Ledger
 from support.context import Case, make_plan
 from support.ranks import run_ranks
 
-OPTIONS = ({}, {"kv_keep": "k"}, {"algorithm": "ulysses", "kv_keep": "pre"})
+OPTIONS = ({}, {"kv_keep": "k"}, {"algorithm": "ulysses", "kv_keep": "pre_k"})
 
 
 def block(plan, topology):

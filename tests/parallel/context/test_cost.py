@@ -106,6 +106,8 @@ def test_head_exchange(heads, size):
     assert total(plan) == (volume, volume)
     forward, backward = total(plan_of(size, heads, algorithm="ulysses", kv_keep="pre"))
     assert (forward, backward) == (volume, volume + size * rest * 2 * rho * k)
+    keys = total(plan_of(size, heads, algorithm="ulysses", kv_keep="pre_k"))
+    assert keys == (volume, volume + size * rest * rho * k)
     for cost in plan.cost(E, B):
         assert (cost.forward_messages, cost.backward_messages, cost.collectives) == (0, 0, 4)
         if heads[0] % size == 0 and rho == 1:

@@ -21,6 +21,7 @@ from support.context import (
     make_plan,
     random_options,
 )
+from support.mutation import Mutation, assert_caught
 from support.plans import random_arguments
 
 
@@ -199,6 +200,45 @@ def test_kept_keys_and_values_change_no_bit():
                 assert torch.equal(a, b)
 
 
+EXCHANGES = (
+    Mutation(
+        "keys forgotten",
+        "ms_parallel.context.backward:backward_steps",
+        "[t for t in inputs[1:] if t is not None]",
+        "[]",
+    ),
+    Mutation(
+        "values too",
+        "ms_parallel.context.state:needs_inputs",
+        'keep == "pre"',
+        'keep in ("pre", "pre_k")',
+    ),
+    Mutation(
+        "values for keys",
+        "ms_parallel.context.operator:kept",
+        "zip(tensors, needed",
+        "zip(tensors, (needed[0], needed[2], needed[1], needed[3])",
+    ),
+)
+
+
+def test_keys_kept_from_before_the_exchange():
+    layout = SeqLayout.zigzag(22, 4)
+    mask, options = AttnMask.causal((0, 9, 22)), {"heads": (6, 3), "algorithm": "ulysses"}
+
+    def found(keep):
+        plan = make_plan(layout, mask, kv_keep=keep, **options)
+        case = Case(plan, batch=2)
+        check_case(case)
+        return case.simulated()
+
+    last, both, keys = map(found, ("last", "pre", "pre_k"))
+    for whole, *others in zip(last, both, keys, strict=True):
+        assert all(torch.equal(whole, other) for other in others)
+    for mutation in EXCHANGES:
+        assert_caught(mutation, lambda: found("pre_k"), (AssertionError, RuntimeError))
+
+
 def test_a_place_without_heads_and_uneven_groups():
     plan = make_plan(
         SeqLayout.contiguous(11, 6), AttnMask.causal(), heads=(4, 2), algorithm="ulysses"
@@ -256,6 +296,8 @@ def case_tensors(plan):
         ({"kv_keep": "k"}, 3, 1),
         ({"kv_keep": "kv"}, 3, 3),
         ({"algorithm": "ulysses"}, 4, 4),
+        ({"algorithm": "ulysses", "kv_keep": "pre"}, 2, 2),
+        ({"algorithm": "ulysses", "kv_keep": "pre_k"}, 2, 4),
         ({"algorithm": "allgather_kv"}, 1, 1),
         ({"algorithm": "allgather_kv", "kv_keep": "k"}, 4, 1),
         ({"algorithm": "allgather_kv", "kv_keep": "kv"}, 4, 4),

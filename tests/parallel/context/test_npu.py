@@ -15,7 +15,7 @@ PLANS = (
     ({"pruned": True}, AttnMask.causal(DOCUMENTS)),
     ({"algorithm": "usp", "ulysses": 2}, AttnMask.causal()),
     ({"algorithm": "allgather_kv"}, AttnMask.causal(DOCUMENTS)),
-    ({"algorithm": "ulysses"}, AttnMask.window(6)),
+    ({"algorithm": "ulysses", "kv_keep": "pre_k"}, AttnMask.window(6)),
     ({"algorithm": "tasks"}, AttnMask.from_matrix(torch.arange(1600).view(40, 40) % 3 != 1)),
 )
 

@@ -264,7 +264,8 @@ CASES = [
     ({"heads": (6, 4)}, r"\(6, 4\), need query heads that are a multiple"),
     ({"head_dims": (0, 4)}, r"head_dims: got \(0, 4\)"),
     ({"kv_keep": "pre"}, "kv_keep: got 'pre', need \"last\", \"k\" or \"kv\" between nodes"),
-    ({"algorithm": "ulysses", "kv_keep": "kv"}, "kv_keep: got 'kv', need \"last\" or \"pre\""),
+    ({"kv_keep": "pre_k"}, "between nodes: \"pre_k\" is for algorithm \"ulysses\""),
+    ({"algorithm": "ulysses", "kv_keep": "kv"}, "kv_keep: got 'kv', need \"last\", \"pre\" or"),
     ({"algorithm": "ulysses", "pruned": True}, "pruned: got True, need False"),
     ({"grad_bytes": 3}, "grad_bytes: got 3"),
     ({"uneven": False}, "50 tokens, .* need a multiple of 6 processes"),
@@ -285,7 +286,8 @@ def test_keeping_what_is_not_copied_is_warned_of():
         plan_attention(**given, **HEADS, kv_keep="pre")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan_attention(**given, heads=(4, 1), head_dims=(4, 4), kv_keep="pre")
+        for keep in ("pre", "pre_k"):
+            plan_attention(**given, heads=(4, 1), head_dims=(4, 4), kv_keep=keep)
 
 
 def test_conflicts_of_sizes():

@@ -92,7 +92,7 @@ def whole():
 PLANS = (
     {"algorithm": "ring"},
     {"algorithm": "ring", "window": 2, "kv_keep": "k", "pruned": True},
-    {"algorithm": "ulysses"},
+    {"algorithm": "ulysses", "kv_keep": "pre_k"},
     {"algorithm": "usp", "ulysses": 2},
     {"algorithm": "allgather_kv"},
     {"algorithm": "tasks"},

@@ -207,7 +207,7 @@ def _policies(choice: Choice, heads: tuple[int, int]) -> Iterable[dict[str, Any]
     same = {k: given[k] for k in ("algorithm", "ulysses", "window")}
     if given["algorithm"] == "ulysses":
         shared = kv_head_plan(*heads, given["ulysses"]).shared
-        return [{**same, "kv_keep": "pre"}] if shared else []
+        return [{**same, "kv_keep": keep} for keep in ("pre", "pre_k")] if shared else []
     keeps = [{**same, "kv_keep": keep} for keep in ("last", "k", "kv")]
     if given["algorithm"] not in ("ring", "usp"):
         return keeps[1:]

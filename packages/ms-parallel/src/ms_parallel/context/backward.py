@@ -174,7 +174,8 @@ def backward_steps(
     run = Backward(job, transport, log)
     _restore(run, out, inputs, state)
     if job.exchanged:
-        again = [t for t in inputs[1:] if t is not None] if job.plan.kv_keep == "pre" else []
+        # Kept as they were before the exchange: keys, or keys and values.
+        again = [t for t in inputs[1:] if t is not None]
         ranges = (job.ranges[0], *job.ranges[1 : 1 + len(again)])
         dout, *keys = yield from to_heads(job, transport, (dout, *again), ranges)
         for part, rows in zip(("k", "v"), keys, strict=False):

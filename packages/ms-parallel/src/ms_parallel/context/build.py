@@ -18,9 +18,10 @@ from .tasks import BUDGET, task_programs
 from .tiles import Tiles
 
 Algorithm = Literal["ring", "ulysses", "usp", "allgather_kv", "tasks"]
-KvKeep = Literal["last", "k", "kv", "pre"]
+KvKeep = Literal["last", "k", "kv", "pre", "pre_k"]
 ALGORITHMS: tuple[Algorithm, ...] = ("ring", "ulysses", "usp", "allgather_kv", "tasks")
-KEEPS: tuple[KvKeep, ...] = ("last", "k", "kv", "pre")
+KEEPS: tuple[KvKeep, ...] = ("last", "k", "kv", "pre", "pre_k")
+BEFORE = ("pre", "pre_k")
 _NAME = "plan_attention"
 
 
@@ -57,7 +58,8 @@ def plan_attention(
         window: w, nodes of an inner ring of a ring of rings.
         kv_keep: what stays for backward. "last": what arrived last (ring), or what came out of the
             exchange or, of "allgather_kv" and "tasks", what was there before; "kv": all; "k": keys;
-            "pre": without a ring, keys and values before the exchange, which is then repeated.
+            "pre": without a ring, keys and values before the exchange, which is then repeated;
+            "pre_k": keys before it, values after it, and only keys are exchanged again.
         pruned: keys and values visit only nodes that need them.
         budget: of "tasks": units a node may move in a round, 2 for keys and values, 1 for queries,
             1 for outputs; None for 6.
@@ -84,10 +86,12 @@ def plan_attention(
     if not uneven:
         _check_even(layout, mask, heads, ulysses)
     mask.check(layout.total)
-    if kv_keep == "pre" and not kv_head_plan(*heads, ulysses).shared:
-        text = 'plan_attention: kv_keep: "pre" keeps no less here than "last", and sends more'
-        warnings.warn(f"{text}: no place shares a head with another", stacklevel=2)
-    program = _Route(algorithm, window, "last" if kv_keep == "pre" else kv_keep, pruned, budget)
+    if kv_keep in BEFORE and not kv_head_plan(*heads, ulysses).shared:
+        text = f'"{kv_keep}" keeps no less here than "last", and sends more'
+        alone = "no place shares a head with another"
+        warnings.warn(f"plan_attention: kv_keep: {text}: {alone}", stacklevel=2)
+    keep: Keep = "last" if kv_keep == "pre" or kv_keep == "pre_k" else kv_keep
+    program = _Route(algorithm, window, keep, pruned, budget)
     return _plan(layout, mask, heads, head_dims, ulysses, kv_keep, grad_bytes, program)
 
 
@@ -179,10 +183,10 @@ def _check_keep(size: int, nodes: int, algorithm: Algorithm, kv_keep: KvKeep, pr
         need = '"last" with 1 process: nothing travels'
         fail(ValueError, _NAME, "kv_keep", repr(kv_keep), need)
     if kv_keep in ("k", "kv") and nodes == 1:
-        need = '"last" or "pre" with algorithm "ulysses": nothing visits'
+        need = '"last", "pre" or "pre_k" with algorithm "ulysses": nothing visits'
         fail(ValueError, _NAME, "kv_keep", repr(kv_keep), need)
-    if kv_keep == "pre" and nodes > 1:
-        need = '"last", "k" or "kv" between nodes: "pre" is for algorithm "ulysses"'
+    if kv_keep in BEFORE and nodes > 1:
+        need = f'"last", "k" or "kv" between nodes: "{kv_keep}" is for algorithm "ulysses"'
         fail(ValueError, _NAME, "kv_keep", repr(kv_keep), need)
     if pruned and algorithm not in ("ring", "usp"):
         need = f'False with algorithm "{algorithm}": only a ring is pruned'

@@ -85,9 +85,11 @@ def state_bytes(plan: AttnPlan, rank: int, element_bytes: int, batch: int = 1) -
     """Return the bytes of keys and values that a rank keeps from forward for backward."""
     node, place = divmod(rank, plan.ulysses)
     (d, dv), heads = plan.head_dims, _width(plan.heads.kv[place])
-    if plan.kv_keep == "pre":
+    if plan.kv_keep in ("pre", "pre_k"):
         own = plan.layout.length(rank) * plan.heads.kv_heads
-        return batch * own * (d + dv) * element_bytes
+        arrived = plan.nodes.length(node) * heads
+        values = own if plan.kv_keep == "pre" else arrived
+        return batch * (own * d + values * dv) * element_bytes
     keys = values = plan.nodes.length(node)
     if plan.forward.gather:
         keys = plan.nodes.total if plan.kv_keep in ("k", "kv") else keys
@@ -146,21 +148,23 @@ def exchange_bytes(
     """Return what a rank sends in the head exchanges of forward and of backward.
 
     Forward: queries, keys and values from tokens to heads, outputs back. Backward: gradients of
-    outputs, then of queries, keys and values back; keys and values once more if they are kept as
-    they were before (`kv_keep` "pre"). Gradients of keys and values travel like the input where
-    every head is at one place, and as partial sums, in `grad_bytes`, where heads are shared.
+    outputs, then of queries, keys and values back; once more those of keys and values that are kept
+    as they were before (`kv_keep` "pre" both, "pre_k" keys). Gradients of keys and values travel
+    like the input where every head is at one place, and as partial sums, in `grad_bytes`, where
+    heads are shared.
     """
     node, place = divmod(rank, plan.ulysses)
     own, q, kv = plan.layout.length(rank), plan.heads.q[place], plan.heads.kv[place]
     others = plan.nodes.length(node) - own
     d, dv = plan.head_dims
     q_out = own * (plan.heads.q_heads - _width(q))
-    kv_out = own * (sum(map(_width, plan.heads.kv)) - _width(kv)) * (d + dv) * element_bytes
+    kv_out = own * (sum(map(_width, plan.heads.kv)) - _width(kv)) * element_bytes
     q_back, kv_back = others * _width(q), others * _width(kv) * (d + dv)
     sums = plan.grad_bytes if plan.heads.shared else element_bytes
-    forward = (q_out * d + q_back * dv) * element_bytes + kv_out
+    forward = (q_out * d + q_back * dv) * element_bytes + kv_out * (d + dv)
     backward = (q_out * dv + q_back * d) * element_bytes + kv_back * sums
-    return batch * forward, batch * (backward + kv_out * (plan.kv_keep == "pre"))
+    again = {"pre": d + dv, "pre_k": d}.get(plan.kv_keep, 0)
+    return batch * forward, batch * (backward + kv_out * again)
 
 
 def gather_bytes(plan: AttnPlan, rank: int, element_bytes: int, batch: int = 1) -> tuple[int, int]:
@@ -176,5 +180,5 @@ def gather_bytes(plan: AttnPlan, rank: int, element_bytes: int, batch: int = 1) 
     own = plan.nodes.length(node) * _width(plan.heads.kv[place]) * batch
     others = (plan.nodes.total - plan.nodes.length(node)) * _width(plan.heads.kv[place]) * batch
     copies = (plan.nodes.size - 1) * own * element_bytes
-    again = {"last": d + dv, "k": dv, "kv": 0, "pre": 0}[plan.kv_keep]
+    again = {"last": d + dv, "k": dv}.get(plan.kv_keep, 0)
     return copies * (d + dv), copies * again + others * (d + dv) * plan.grad_bytes

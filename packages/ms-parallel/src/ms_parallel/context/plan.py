@@ -140,8 +140,8 @@ class AttnPlan:
         window: w, nodes of an inner ring.
         heads: which heads a place of a node attends with.
         head_dims: channels of queries and keys, and of values.
-        kv_keep: what stays from forward for backward: "last", "k", "kv", or "pre" (R = 1: keys and
-            values before the exchange).
+        kv_keep: what stays from forward for backward: "last", "k", "kv", or with R = 1 "pre" (keys
+            and values before the exchange) or "pre_k" (keys before it, values after it).
         grad_bytes: bytes per element of travelling gradients of keys and values.
         forward: program of the nodes.
         backward: likewise.
@@ -155,7 +155,7 @@ class AttnPlan:
     window: int
     heads: HeadPlan
     head_dims: tuple[int, int]
-    kv_keep: Literal["last", "k", "kv", "pre"]
+    kv_keep: Literal["last", "k", "kv", "pre", "pre_k"]
     grad_bytes: int
     forward: Program
     backward: Program

@@ -50,8 +50,8 @@ class Saved:
 def needs_inputs(job: Job) -> tuple[bool, bool, bool]:
     """Whether backward reads the process's own queries, keys and values as they were given."""
     if job.exchanged:
-        before = job.plan.kv_keep == "pre"
-        return False, before, before
+        keep = job.plan.kv_keep
+        return False, keep in ("pre", "pre_k"), keep == "pre"
     if job.plan.forward.gather:
         return True, job.plan.kv_keep == "last", job.plan.kv_keep != "kv"
     known, key = notes(job.plan), ("own", job.rank)
@@ -101,8 +101,8 @@ def _saved(job: Job) -> tuple[Saved, ...]:
 
 def _node_parts(job: Job) -> list[SavedKind]:
     parts: list[SavedKind] = ["q", "o"]
-    if job.plan.kv_keep == "pre":
-        return parts
+    if job.plan.kv_keep in ("pre", "pre_k"):
+        return parts if job.plan.kv_keep == "pre" else [*parts, "v"]
     if job.plan.forward.gather:
         own: dict[str, list[SavedKind]] = {"last": ["k", "v"], "k": ["v"], "kv": []}
         return parts + own[job.plan.kv_keep]

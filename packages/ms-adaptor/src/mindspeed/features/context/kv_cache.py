@@ -22,13 +22,6 @@ FEATURE = Feature(
             suggestion="Give --context-parallel-size, or leave the policy out.",
         ),
         Rule(
-            kind="forbids",
-            left="context_parallel_kv_cache_policy == 'half'",
-            right="context_parallel_algo == 'ulysses_cp_algo'",
-            text="Ulysses keeps keys and values as they were before the exchange, both or none",
-            suggestion="Give the policy full, or another --context-parallel-algo.",
-        ),
-        Rule(
             kind="requires",
             left="context_parallel_cache_interval != 0",
             right=_POLICY,
@@ -64,5 +57,6 @@ def advise(config: Any) -> str:
                 "every key and value head goes to one rank: keeping them as they were before the"
                 " exchange saves no memory and costs another exchange"
             )
-        return "less memory, one exchange more in backward: heads are kept without their copies"
+        what = "keys" if values.get("context_parallel_kv_cache_policy") == "half" else "heads"
+        return f"less memory, more exchanged in backward: {what} are kept without their copies"
     return "pays where messages take longer than compute; costs the memory of what is kept"

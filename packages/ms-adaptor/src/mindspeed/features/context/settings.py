@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Algorithm = Literal["ring", "ulysses", "usp", "allgather_kv", "tasks"]
-Keep = Literal["last", "k", "kv", "pre"]
+Keep = Literal["last", "k", "kv", "pre", "pre_k"]
 
 # Value of --context-parallel-algo -> algorithm of ms_parallel.context.
 ALGORITHMS: dict[str, Algorithm] = {
@@ -20,7 +20,9 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 HYBRID = ("hybrid_cp_algo", "hybrid_adaptive_cp_algo")
 RINGS = ("megatron_cp_algo", "hybrid_cp_algo")
+# Value of --context-parallel-kv-cache-policy -> what stays between nodes, and inside one.
 _KEEPS: dict[str | None, Keep] = {None: "last", "half": "k", "full": "kv"}
+_BEFORE: dict[str | None, Keep] = {None: "last", "half": "pre_k", "full": "pre"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class ContextSettings:
     def _keep(self, nodes: int, layer: int) -> Keep:
         keeps = self.interval == 0 or layer % (self.interval + 1) == 1
         # Between nodes keys and values are kept as they arrive, inside one as they were before.
-        fits = (self.kv_keep == "pre") == (nodes == 1)
+        fits = (self.kv_keep in _BEFORE.values()) == (nodes == 1)
         return self.kv_keep if keeps and fits else "last"
 
 
@@ -80,14 +82,14 @@ def settings(values: Mapping[str, Any]) -> ContextSettings | None:
     if values.get("context_parallel_size", 1) == 1:
         return None
     name = values.get("context_parallel_algo", "ulysses_cp_algo")
-    keep = _KEEPS[values.get("context_parallel_kv_cache_policy")]
+    keeps = _BEFORE if name == "ulysses_cp_algo" else _KEEPS
     hybrid = values.get("ulysses_degree_in_cp") if name in HYBRID else None
     return ContextSettings(
         ALGORITHMS[name],
         hybrid or 1,
         values.get("cp_window_size", 1),
         "dual_group" if values.get("use_cp_send_recv_overlap") else "batched",
-        "pre" if name == "ulysses_cp_algo" and keep != "last" else keep,
+        keeps[values.get("context_parallel_kv_cache_policy")],
         values.get("context_parallel_cache_interval", 0),
         bool(values.get("context_parallel_check_plans", False)),
     )
