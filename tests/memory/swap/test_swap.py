@@ -442,3 +442,52 @@ def test_a_write_to_what_left_is_noticed():
         del logits
         gc.collect()
         assert session.host.ledger.nbytes == 0
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table):
+        ctx.save_for_backward(table)
+        return x * table
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_table_that_all_layers_save_comes_back_once(depth):
+    class Layer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, table):
+            return Times.apply(self.inner(x), table)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(nn.Linear(HIDDEN, HIDDEN)) for _ in range(5))
+
+        def forward(self, x):
+            table = x.detach().cos()
+            x = x * 1
+            for layer in self.layers:
+                x = layer(x, table)
+            return x
+
+    torch.manual_seed(1)
+    model, x = Model(), torch.randn(TOKENS, HIDDEN)
+    model(x).sum().backward()
+    wanted = grads(model)
+    sim = device.sim()
+    back = []
+    original = sim.h2d.copy
+    sim.h2d.copy = lambda pairs: back.append(pairs[0][1].numel()) or original(pairs)
+    with swapped(model, sim=sim, depth=depth, layers="auto") as session:
+        model(x).sum().backward()
+        assert same(grads(model), wanted)
+        # The inputs of four layers and the table.
+        assert len(back) == 5
+        assert session.host.ledger.nbytes == 0

@@ -24,6 +24,7 @@ class _Item:
 
     Attributes:
         released: the device's copy was given up.
+        wanted: backward has not asked for it yet.
     """
 
     def __init__(self, swap: Prefetcher, group: _Group, holder: Holder, flat: Tensor) -> None:
@@ -36,6 +37,7 @@ class _Item:
         self._back: Event | None = None
         self._fetched: Tensor | None = None
         self.released = False
+        self.wanted = True
         # Runs while the holder's tensor is still there.
         self._holder: weakref.ref[Holder] | None = weakref.ref(holder, lambda _: self._end())
 
@@ -64,6 +66,7 @@ class _Item:
         assert self._fetched is not None
         assert self._back is not None
         self._back.wait()
+        self.wanted = False
         return self._fetched
 
     def drop(self) -> None:
@@ -71,6 +74,7 @@ class _Item:
         if self._fetched is not None and self._back is not None:
             self._back.wait()
             self._fetched = None
+            self.wanted = True
 
     def _end(self) -> None:
         self._holder = None
@@ -154,7 +158,8 @@ class Prefetcher:
         item: _Item | None = holder.state.get(self)
         if item is None:
             return None
-        self._reach(item.group.step, item.group.index)
+        if not _shared_later(item.group):
+            self._reach(item.group.step, item.group.index)
         return item.get() if item.released else None
 
     def follow(self, model: nn.Module) -> RemovableHandle:
@@ -199,6 +204,15 @@ class Prefetcher:
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(begin)
+
+
+def _shared_later(group: _Group) -> bool:
+    """Whether a group is asked for while later ones wait: a module there saved the same storage.
+
+    Such a storage comes by itself; backward is not where it was first saved.
+    """
+    between = group.step.groups[group.index + 1 : max(group.step.reached, 0)]
+    return any(item.wanted for other in between for item in other.items.values())
 
 
 def _in_backward() -> bool:
