@@ -171,6 +171,7 @@ NEEDS_OTHERS = (
     "mindspeed.ops.",
     *(f"mindspeed.features.ops.{name}" for name in GLUE),
     *(f"mindspeed.features.context.{n}" for n in ("attention_module", "masks", "provider")),
+    *(f"mindspeed.features.memory.optim_{n}" for n in ("builder", "held", "megatron")),
     "ms_profile.profiler.npu",
 )
 

@@ -28,6 +28,8 @@ class PackedAdamW(torch.optim.Optimizer):
     `grad`. State dicts hold plain fp32 masters and moments, so that they load into another layout
     of ranks, the other rounding, or an ordinary optimizer.
 
+    A group whose key `decoupled_weight_decay` (torch's name) is False decays as Adam does.
+
     Args:
         params: bf16 parameters or groups of them; see `PackedMaster`.
         lr: learning rate.
@@ -37,6 +39,8 @@ class PackedAdamW(torch.optim.Optimizer):
         rounding: "rna" or "rne", see `PackedMaster`.
         state_dtype: dtype of the moments between steps, fp32 or bf16 (then not bit-exact).
         block: elements whose masters exist in fp32 at one time; None: what suits the device.
+        masters_apart: state dicts hold no masters, for formats that keep them in a place of their
+            own: `master` and `set_master` read and write them.
 
     Raises:
         MemoryFeatureError: E-M40, see `PackedMaster`; E-M42, a state dict without masters.
@@ -54,6 +58,7 @@ class PackedAdamW(torch.optim.Optimizer):
         rounding: Rounding = "rna",
         state_dtype: torch.dtype = torch.float32,
         block: int | None = None,
+        masters_apart: bool = False,
     ) -> None:
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
@@ -62,7 +67,9 @@ class PackedAdamW(torch.optim.Optimizer):
         self.rounding: Rounding = rounding
         self.state_dtype = state_dtype
         self.block = block
+        self.masters_apart = masters_apart
         self.packed: list[PackedMaster] = []
+        self._places: dict[Tensor, tuple[PackedMaster, int]] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -72,6 +79,7 @@ class PackedAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         packed = PackedMaster(group["params"], rounding=self.rounding, block=self.block)
         self.packed.append(packed)
+        self._places.update({p: (packed, local) for local, p in enumerate(group["params"])})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -96,7 +104,8 @@ class PackedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return groups and, for each parameter that has stepped, step, moments and its master.
 
-        The masters of all parameters are there, also of those without a step, in fp32.
+        The masters of all parameters are there, also of those without a step, in fp32; with
+        `masters_apart` none is.
         """
         groups, state, number = [], {}, 0
         for group, packed in zip(self.param_groups, self.packed, strict=True):
@@ -105,8 +114,9 @@ class PackedAdamW(torch.optim.Optimizer):
             rest = {k: v for k, v in group.items() if k != "params"}
             groups.append({**rest, "params": list(indices)})
             for local, index in enumerate(indices):
-                moments = self.state.get(group["params"][local], {})
-                state[index] = {**moments, "master": packed.master(local)}
+                state[index] = dict(self.state.get(group["params"][local], {}))
+                if not self.masters_apart:
+                    state[index]["master"] = packed.master(local)
         return {"state": state, "param_groups": groups}
 
     @torch.no_grad()
@@ -122,15 +132,29 @@ class PackedAdamW(torch.optim.Optimizer):
         if sizes != found:
             raise ValueError(f"PackedAdamW: state_dict: got groups of {found}, need {sizes}")
         for index, kept in state_dict["state"].items():
-            if "master" not in kept:
+            if "master" not in kept and not self.masters_apart:
                 remedy = "call adopt_weights() to start from the weights, and load the rest alone"
                 refuse("E-M42", f"parameter {index}", remedy)
         numbers = iter(sorted(n for g in state_dict["param_groups"] for n in g["params"]))
-        pairs = zip(self.param_groups, self.packed, state_dict["param_groups"], strict=True)
-        for group, packed, loaded in pairs:
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
-            for local, p in enumerate(group["params"]):
-                self._load(p, packed, local, state_dict["state"].get(next(numbers), {}))
+            for p in group["params"]:
+                self._load(p, state_dict["state"].get(next(numbers), {}))
+
+    def master(self, p: Tensor) -> Tensor:
+        """Return a copy of the masters of a parameter, fp32 in its shape."""
+        packed, local = self._places[p]
+        return packed.master(local)
+
+    def set_master(self, p: Tensor, master: Tensor) -> None:
+        """Store the masters of a parameter, of its shape; its weights follow from them."""
+        packed, local = self._places[p]
+        packed.set_master(local, master.to(p.device))
+
+    def create_states(self) -> None:
+        """Give each parameter without one the state that its first step starts from."""
+        for p in self._places:
+            self._state(p)
 
     def adopt_weights(self) -> None:
         """Take the weights as the masters, after weights were loaded without this optimizer."""
@@ -143,7 +167,7 @@ class PackedAdamW(torch.optim.Optimizer):
         held = sum(int(t.numel() * t.element_size()) for t in moments)
         return held + sum(packed.nbytes() for packed in self.packed)
 
-    def _load(self, p: Tensor, packed: PackedMaster, local: int, kept: dict[str, Any]) -> None:
+    def _load(self, p: Tensor, kept: dict[str, Any]) -> None:
         self.state.pop(p, None)
         if "step" in kept:
             state = self._state(p)
@@ -151,7 +175,7 @@ class PackedAdamW(torch.optim.Optimizer):
             for name in _MOMENTS:
                 state[name].copy_(kept[name])
         if "master" in kept:
-            packed.set_master(local, kept["master"].to(p.device))
+            self.set_master(p, kept["master"])
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -196,6 +220,7 @@ class PackedAdamW(torch.optim.Optimizer):
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            mode=int(group.get("decoupled_weight_decay", True)),
         )
         packed.split_(run, joined)
         if self.state_dtype is not torch.float32:

@@ -176,6 +176,10 @@ class PackedMaster:
             self.split_(run, flat[run[0].start : run[-1].stop])
         self._note_version(index)
 
+    def residue_of(self, index: int) -> Tensor:
+        """Return the low halves of one parameter's masters, int16 [elements], a view."""
+        return self.residue[self._offsets[index] : self._offsets[index + 1]]
+
     def nbytes(self) -> int:
         """Return the bytes held beside the parameters."""
         held = (self.residue, self._ties)
