@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mindspeed.features.memory.settings import settings
 from mindspeed.train.config import TrainConfig
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -74,9 +75,21 @@ def check(config: TrainConfig, world_size: int) -> None:
     Raises:
         ConfigError: lists every problem, one a line.
     """
-    problems = [*_ranges(config), *_sizes(config, world_size), *_combinations(config)]
+    problems = [
+        *_ranges(config),
+        *_sizes(config, world_size),
+        *_combinations(config),
+        *_memory(config),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _memory(config: TrainConfig) -> Iterator[str]:
+    try:
+        settings(config.plan_values())
+    except ValueError as error:
+        yield str(error)
 
 
 def _ranges(config: TrainConfig) -> Iterator[str]:
@@ -217,8 +230,10 @@ def _combinations(config: TrainConfig) -> Iterator[str]:
             "--recompute-method belongs to --recompute-granularity full, not selective",
         ),
         (
-            recompute.recompute_method and not recompute.recompute_granularity,
-            "--recompute-method needs --recompute-granularity full",
+            recompute.recompute_method
+            and not recompute.recompute_granularity
+            and not dict(config.feature_flags).get("swap_attention"),
+            "--recompute-method needs --recompute-granularity full, or --swap-attention",
         ),
         (
             parallel.expert_model_parallel_size > 1 and not config.moe.num_experts,

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mindspeed.features.memory.settings import MemorySettings
+from mindspeed.features.memory.swap_install import recomputed_mlps
 from ms_memory import Discard, Session
 from ms_memory.errors import refuse
 from ms_memory.recompute import layer_action, norms
@@ -37,7 +38,9 @@ def install(session: Session, block: Any, settings: MemorySettings) -> None:
             acts on the same modules, or they cannot be acted on.
     """
     if settings.activation:
-        for layer in _layers(block, settings.activation_layers, settings.per_rank):
+        # Where --swap-attention recomputes an MLP, its activation is dropped with it.
+        whole = recomputed_mlps(block, settings)
+        for layer in _layers(block, settings.activation_layers, settings.per_rank, whole):
             _discard_activations(session, layer.mlp)
     if settings.norm:
         _discard_norms(session, block, _layers(block, settings.norm_layers, settings.per_rank))
@@ -45,18 +48,19 @@ def install(session: Session, block: Any, settings: MemorySettings) -> None:
         _count_per_rank(session, block)
 
 
-def _layers(block: Any, part: int | None, per_rank: bool) -> list[Any]:
-    """Return the layers of a chunk of which a part is computed again."""
+def _layers(block: Any, part: int | None, per_rank: bool, whole: Sequence[Any] = ()) -> list[Any]:
+    """Return the layers of a chunk, but those in `whole`, of which a part is computed again."""
     chunks, chunk = _stages(block)
     full = block.config.recompute_num_layers if _recomputes_whole_layers(block) else 0
+    layers = [layer for layer in block.layers if layer not in whole]
     actions = (
         layer_action(
-            index, chunk_layers=len(block.layers), full=full, part=part,
+            index, chunk_layers=len(layers), full=full, part=part,
             chunks=chunks, chunk=chunk, per_rank=per_rank,
         )
-        for index in range(len(block.layers))
+        for index in range(len(layers))
     )  # fmt: skip
-    return [layer for layer, action in zip(block.layers, actions, strict=True) if action == "part"]
+    return [layer for layer, action in zip(layers, actions, strict=True) if action == "part"]
 
 
 def _stages(block: Any) -> tuple[int, int]:

@@ -37,7 +37,11 @@ _HERE = "mindspeed.features.memory.session"
 
 # Called for each transformer block of a chunk, in this order; lazy, so that nothing is imported
 # before a chunk is built.
-INSTALLERS: tuple[str, ...] = ("mindspeed.features.memory.recompute_layers:install",)
+INSTALLERS: tuple[str, ...] = (
+    "mindspeed.features.memory.recompute_layers:install",
+    "mindspeed.features.memory.swap_install:attention",
+    "mindspeed.features.memory.swap_install:inputs",
+)
 
 FEATURE = Feature(
     name="memory.session",
@@ -89,14 +93,14 @@ def open_session(model: Any, settings: MemorySettings, device: Any = None) -> Se
     Args:
         model: a chunk, before or after it is moved, converted or wrapped.
         settings: what to install.
-        device: of `ms_memory.device`; None: that of this process.
+        device: of `ms_memory.device`; None: that of this process, one for all its chunks.
 
     Raises:
         MemoryFeatureError: a feature refuses the model; then the session is closed again.
     """
     from ms_memory import Session
 
-    session = Session(model, device=_kind() if device is None else device, rng=("cpu",))
+    session = Session(model, device=_device() if device is None else device, rng=("cpu",))
     try:
         _register_generators(session)
         for name in INSTALLERS:
@@ -156,6 +160,16 @@ def _load(name: str) -> Callable[..., None]:
     module, _, function = name.partition(":")
     found: Callable[..., None] = getattr(importlib.import_module(module), function)
     return found
+
+
+def _device() -> Any:
+    """Return the device of this process, whose copy engines all chunks share."""
+    import torch
+
+    from ms_memory.device import device_of
+
+    others = (session.device for session in open_sessions())
+    return next(others, None) or device_of(torch.device(_kind()))
 
 
 def _kind() -> str:

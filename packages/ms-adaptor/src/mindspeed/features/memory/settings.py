@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed.patching.records import Rule
+from mindspeed.patching.suggest import nearest
 
 # What needs a session on each model chunk, as an expression over the arguments. A feature that
 # acts on activations adds its own line.
@@ -15,8 +16,20 @@ NEEDS_SESSION = " or ".join(
         "recompute_activation_function",
         "recompute_norm",
         "enable_recompute_layers_per_pp_rank",
+        "swap_attention",
+        "swap_layer_input",
     )
 )
+
+SWAP_MIN_BYTES = 524_288
+SWAP_PARTS = "input_norm,self_attention,post_attention_norm"  # The default of --swap-modules.
+# Name of a part of a layer -> its module in Megatron's layer.
+PARTS = {
+    "input_norm": "input_layernorm",
+    "self_attention": "self_attention",
+    "post_attention_norm": "pre_mlp_layernorm",
+    "mlp": "mlp",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,12 @@ class MemorySettings:
         norm: discard the outputs of norms.
         norm_layers: in how many layers, None for all.
         per_rank: numbers of layers count over all chunks of a pipeline rank, not in each.
+        swap_parts: modules of a layer whose saved tensors go to the host.
+        swap_layers: in how many layers of a pipeline rank, None for all.
+        swap_inputs: what full recomputation keeps goes to the host.
+        swap_depth: over how many layers' time copies may stretch.
+        swap_min_bytes: smaller tensors stay.
+        mlp_layers: layers of a pipeline rank whose MLP is recomputed beside that.
     """
 
     activation: bool = False
@@ -36,6 +55,12 @@ class MemorySettings:
     norm: bool = False
     norm_layers: int | None = None
     per_rank: bool = False
+    swap_parts: tuple[str, ...] = ()
+    swap_layers: int | None = None
+    swap_inputs: bool = False
+    swap_depth: int = 1
+    swap_min_bytes: int = SWAP_MIN_BYTES
+    mlp_layers: int = 0
 
 
 def conflict(code: str, left: str, right: str, text: str, remedy: str) -> Rule:
@@ -56,6 +81,9 @@ def settings(values: Mapping[str, Any]) -> MemorySettings | None:
 
     Args:
         values: arguments by name; absent ones are at their defaults.
+
+    Raises:
+        ValueError: --swap-modules names something else than `PARTS`.
     """
     found = MemorySettings(
         bool(values.get("recompute_activation_function")),
@@ -63,8 +91,44 @@ def settings(values: Mapping[str, Any]) -> MemorySettings | None:
         bool(values.get("recompute_norm")),
         values.get("recompute_norm_num_layers"),
         bool(values.get("enable_recompute_layers_per_pp_rank")),
+        **_swapping(values),
     )
     return None if found == MemorySettings() else found
+
+
+def _swapping(values: Mapping[str, Any]) -> dict[str, Any]:
+    attention, inputs = bool(values.get("swap_attention")), bool(values.get("swap_layer_input"))
+    if not attention and not inputs:
+        return {}
+    number = values.get("recompute_num_layers") if attention else None
+    return {
+        "swap_parts": parts(values.get("swap_modules", SWAP_PARTS)) if attention else (),
+        "swap_layers": number if values.get("recompute_method") == "block" else None,
+        "swap_inputs": inputs,
+        "swap_depth": values.get("swap_depth", 1),
+        "swap_min_bytes": values.get("swap_min_bytes", SWAP_MIN_BYTES),
+        "mlp_layers": number or 0,
+    }
+
+
+def parts(names: str) -> tuple[str, ...]:
+    """Return the modules of a layer that --swap-modules names.
+
+    Args:
+        names: of parts, separated by commas.
+
+    Raises:
+        ValueError: a name is none of `PARTS`, or there is none.
+    """
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in given if name not in PARTS]
+    if unknown or not given:
+        close = nearest(unknown[0], PARTS) if unknown else ""
+        raise ValueError(
+            f"--swap-modules: got {names!r}, need some of {', '.join(PARTS)}, separated by"
+            f" commas{close}"
+        )
+    return tuple(PARTS[name] for name in PARTS if name in given)
 
 
 def mark(config: Any, values: Mapping[str, Any]) -> None:

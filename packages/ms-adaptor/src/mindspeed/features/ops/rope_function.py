@@ -42,6 +42,12 @@ def apply_fused(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tensor:
     return apply_bshd(t, freqs, rotary_interleaved=interleaved)
 
 
+def tables_of(freqs: Tensor) -> tuple[Tensor, ...]:
+    """Return what is kept of a table of angles as long as it lives: cosines and sines."""
+    known = _tables.get(freqs)
+    return () if known is None else known[1]
+
+
 def _table(freqs: Tensor, mscale: float) -> tuple[Tensor, Tensor]:
     if freqs.requires_grad or torch.compiler.is_compiling():
         return _trig(freqs, mscale)

@@ -1,0 +1,161 @@
+"""What the swapping flags do to one transformer block, in the session of its chunk."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mindspeed.features.memory.settings import MemorySettings
+from mindspeed.features.memory.swap_layers import first_layers, swapped_layers
+from mindspeed.features.ops.rope_function import tables_of
+from ms_memory import Session
+from ms_memory.stages import Holder
+from ms_memory.swap import inside, install
+
+
+def attention(session: Session, block: Any, settings: MemorySettings) -> None:
+    """Swap the named parts of layers, and let Megatron recompute the MLPs of the first ones.
+
+    All that a layer saves in these parts travels as one group, so that `swap_depth` counts layers.
+
+    Args:
+        session: of the chunk.
+        block: a transformer block of it.
+        settings: what the flags ask for.
+    """
+    if not settings.swap_parts:
+        return
+    layers, place = _attending(block)
+    names: list[str] = []
+    for i in swapped_layers(settings.swap_layers, len(layers), last=block.post_process, **place):
+        path = session.path(layers[i])
+        session.claim(layers[i], "swap", ", ".join(settings.swap_parts))
+        names += [f"{path}.{part}" for part in settings.swap_parts]
+    for layer in recomputed_mlps(block, settings):
+        _recompute_mlp(session, layer)
+    if names:
+        choose = inside(names, settings.swap_min_bytes, _kept_by_others(session, block))
+
+        def layer_of(holder: Holder, tensor: Tensor) -> str | None:
+            name = choose(holder, tensor)
+            return name and name.rpartition(".")[0]
+
+        install(session, names, layer_of, depth=settings.swap_depth)
+
+
+def inputs(session: Session, block: Any, settings: MemorySettings) -> None:
+    """Swap what Megatron's full recomputation keeps: the inputs of its regions.
+
+    The region that holds the model's last layer keeps its input: its backward follows at once. So
+    does the first region of a chunk whose input another rank sent, which the schedule holds anyway.
+
+    Args:
+        session: of the chunk.
+        block: a transformer block of it.
+        settings: what the flags ask for.
+    """
+    if not settings.swap_inputs or not len(block.layers):
+        return
+    path, kept = session.path(block), _kept_by_others(session, block)
+    session.claim(block, "swap", "inputs of recomputed layers")
+    ended = _Ended()
+    if block.post_process:
+        session.on_close(block.register_forward_pre_hook(ended.begin).remove)
+        session.on_close(block.layers[-1].register_forward_hook(ended.end).remove)
+
+    def choose(holder: Holder, tensor: Tensor) -> str | None:
+        # Inside a region nothing is saved, so that what the block itself saves are the inputs.
+        site = holder.site
+        if site.module != path or ended.over or holder.nbytes < settings.swap_min_bytes:
+            return None
+        return None if kept(tensor) else f"{path} {site.index}"
+
+    install(session, [path], choose, depth=settings.swap_depth)
+
+
+def recomputed_mlps(block: Any, settings: MemorySettings) -> list[Any]:
+    """Return the layers of a block whose MLP is recomputed beside swapped attention.
+
+    Args:
+        block: a transformer block.
+        settings: what the flags ask for.
+    """
+    layers, place = _attending(block)
+    return [layers[i] for i in first_layers(settings.mlp_layers, len(layers), **place)]
+
+
+class _Ended:
+    """Whether the last layer of a block has run; a region saves its input after that."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def begin(self, module: Any, args: Any) -> None:
+        self.over = False
+
+    def end(self, module: Any, args: Any, output: Any) -> None:
+        # A second run in backward is none of a new forward.
+        self.over = torch._C._current_graph_task_id() == -1
+
+
+def _kept_by_others(session: Session, block: Any) -> Callable[[Tensor], bool]:
+    """Return what tells tensors that stay alive whether or not they are swapped.
+
+    Those are what all layers share (angles of rotary embeddings with their cosines and sines,
+    masks), and what the schedule received.
+    """
+    shared: list[Tensor] = []
+
+    def begin(module: Any, args: Any, options: dict[str, Any]) -> None:
+        rest = [value for name, value in options.items() if name != "hidden_states"]
+        leaves = tree_leaves((args[1:], rest, module.input_tensor))
+        shared[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def end(module: Any, args: Any, output: Any) -> None:
+        shared.clear()
+
+    session.on_close(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    session.on_close(block.register_forward_hook(end, always_call=True).remove)
+
+    def kept(tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        # The first layer of the first step makes the cosines.
+        every = itertools.chain(shared, *map(tables_of, shared))
+        return any(other.untyped_storage() is storage for other in every)
+
+    return kept
+
+
+def _recompute_mlp(session: Session, layer: Any) -> None:
+    """Let Megatron compute the MLP or the experts of a layer again, until the session closes.
+
+    Its own checkpoint runs the first time without gradients, so that the counts of routers stay
+    those of one run.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    experts = isinstance(layer.mlp, MoELayer)
+    switch = (layer.mlp, "moe_layer_recompute") if experts else (layer, "recompute_mlp")
+    session.claim(layer.mlp, "recompute", "by Megatron", region=True)
+    session.on_close(functools.partial(setattr, *switch, getattr(*switch)))
+    setattr(*switch, True)
+
+
+def _attending(block: Any) -> tuple[list[Any], dict[str, int]]:
+    """Return the layers that do something, and which chunk of how many the block is."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    none = IdentityOp()
+    layers = [
+        layer
+        for layer in block.layers
+        if not isinstance(getattr(layer, "self_attention", none), IdentityOp)
+    ]
+    chunks = block.config.virtual_pipeline_model_parallel_size or 1
+    return layers, {"chunks": chunks, "chunk": block.vp_stage or 0}
