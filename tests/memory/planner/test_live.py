@@ -77,7 +77,7 @@ def with_times(found):
     data = json.loads(json.dumps(found.as_dict()))
     for layer in data["layers"]:
         for option in layer["options"]:
-            option["time"] = {"keep": 0, "recompute": 100_000, "discard": 7_000}[option["name"]]
+            option["time"] = {"keep": 0, "recompute": 100_000, "norms": 7_000}[option["name"]]
     return planner.Profile.from_dict(data)
 
 
@@ -85,10 +85,10 @@ def test_profile_bytes(profiled):
     model, tokens, found = profiled
     assert [layer.name for layer in found.layers[1:-1]] == [f"blocks.{i}" for i in range(4)]
     options = [{o.name: o for o in layer.options} for layer in found.layers[1:-1]]
-    assert set(options[0]) == {"keep", "discard", "recompute"}
+    assert set(options[0]) == {"keep", "norms", "recompute"}
     size = tokens.numel() * HIDDEN * 4
     # Two norm outputs a layer, and nothing of the interior when it is computed again.
-    assert options[0]["keep"].held - options[0]["discard"].held == pytest.approx(2 * size, abs=1024)
+    assert options[0]["keep"].held - options[0]["norms"].held == pytest.approx(2 * size, abs=1024)
     assert size <= options[0]["recompute"].held <= size + 6000  # beside it the state of dropout
     # A wider MLP: its two inner activations.
     wide = 2 * tokens.numel() * 96 * 4
@@ -184,7 +184,7 @@ def test_times_of_like_layers_are_levelled():
     """One layer that was disturbed while it was timed does not look dearer than its like."""
     model, tokens = make((64, 64, 64, 64))
     found = planner.profile(model, partial(loss_of, model, tokens), steps=1)
-    for name in ("discard", "recompute"):
+    for name in ("norms", "recompute"):
         times = {o.time for layer in found.layers[1:-1] for o in layer.options if o.name == name}
         assert len(times) == 1
 
@@ -222,10 +222,15 @@ def test_pins_and_what_is_refused(profiled):
         planner.profile(nn.Linear(2, 2), step)
     with pytest.raises(MemoryFeatureError, match=r"E-M22.*once"):
         planner.profile(model, lambda: loss_of(model, tokens) + loss_of(model, tokens))
-    swap = planner.Option("swap", (), 0, 0, (("blocks.0", "swap"),))
-    other = planner.Problem(("e",), (0,), (planner.Site("blocks.0", (swap,)),))
-    with Session(model) as session, pytest.raises(ValueError, match="swap"):
-        planner.apply(session, planner.solve(other, 1))
+    for part, action, error, say in (
+        ("blocks.0", "swap", RuntimeError, "frees nothing"),
+        ("blocks.0", "discard", ValueError, "'discard' of 'blocks.0', need"),
+        ("blocks.0.mlp", "recompute", MemoryFeatureError, "E-M22"),
+    ):
+        option = planner.Option(action, (), 0, 0, ((part, action),))
+        other = planner.Problem(("e",), (0,), (planner.Site("blocks.0", (option,)),))
+        with Session(model) as session, pytest.raises(error, match=say):
+            planner.apply(session, planner.solve(other, 1))
 
 
 def test_another_device_is_solved_from_the_same_profile(profiled):

@@ -26,12 +26,13 @@ class Wrapped:
     def __init__(
         self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> None:
+        # First: it copies the attributes of the original, which may be another of these.
+        functools.update_wrapper(self, module.forward)
         self.on = True
         self._module = module
         self._before = module.__dict__.get("forward", _ABSENT)
         self._original = module.forward
         self._new = make(self._original)
-        functools.update_wrapper(self, self._original)
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

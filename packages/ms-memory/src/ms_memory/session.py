@@ -212,6 +212,27 @@ class Session:
         for module, path in self.paths.items():
             self._hook(module, path)
 
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[Session]:
+        """Let another session act on the model, within; this one must have nothing to do.
+
+        It has this one's device, bound of host bytes and generators.
+
+        Raises:
+            MemoryFeatureError: E-M20, a feature acts on the model already.
+        """
+        if self.actions or self.chain.codecs or self.chain.placements:
+            refuse("E-M20", "a session that acts already", "profile before anything is installed")
+        self._disown()
+        try:
+            with Session(
+                self.model, device=self.device, host_bytes=self._host_bytes, strict=self.strict
+            ) as other:
+                other.sources = list(self.sources)
+                yield other
+        finally:
+            self._own()
+
     def report(self) -> Report:
         """Return what is done, and the bytes of the last forward."""
         saved = None if self._ledger is None else self._ledger.nbytes

@@ -21,6 +21,7 @@ class StorageCensus(TorchDispatchMode):
 
     Args:
         track: tensors that existed before and count.
+        where: type of the device whose storages count; None: all.
 
     Attributes:
         nbytes: alive after the last operator, mark or `sweep`.
@@ -28,11 +29,12 @@ class StorageCensus(TorchDispatchMode):
         marks: bytes at each `mark`, by name.
     """
 
-    def __init__(self, track: Iterable[Tensor] = ()) -> None:
+    def __init__(self, track: Iterable[Tensor] = (), where: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
         self.peak = 0
         self.marks: dict[str, int] = {}
+        self._where = where
         self._held: dict[int, Any] = {}
         for tensor in track:
             self._see(tensor)
@@ -42,18 +44,24 @@ class StorageCensus(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator and count what it returns."""
-        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            if id(tensor.untyped_storage()) not in given:  # a view of what existed before
-                self._see(tensor)
+        made = _tensors(out)
+        if made:
+            given = set(map(id, _storages((args, kwargs))))
+            for tensor in made:
+                if id(tensor.untyped_storage()) not in given:  # a view of what existed before
+                    self._see(tensor)
         self.sweep()
         return out
 
     def sweep(self) -> int:
         """Count again; returns the bytes alive."""
-        found = (ref() for ref in list(self._held.values()))
-        self.nbytes = sum(int(s.nbytes()) for s in found if s is not None)
+        total = 0
+        for reference in list(self._held.values()):
+            storage = reference()
+            if storage is not None:
+                total += storage.nbytes()
+        self.nbytes = total
         self.peak = max(self.peak, self.nbytes)
         return self.nbytes
 
@@ -68,11 +76,24 @@ class StorageCensus(TorchDispatchMode):
         self.sweep()
 
     def _see(self, tensor: Tensor) -> None:
+        if self._where is not None and tensor.device.type != self._where:
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._held:
             held = self._held
             held[key] = weakref.ref(storage, lambda _: held.pop(key, None))
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Return what exists before an operator: a storage that it is given was not made by it."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.UntypedStorage):
+            found.append(leaf)
+        elif isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            found.append(leaf.untyped_storage())
+    return found
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -23,12 +23,14 @@ class Saved:
         site: where it was first saved.
         nbytes: when it was saved.
         dtype: of the tensor that was saved first.
+        device: where it was then.
         fixed: it is an input of the model, or a feature empties and fills it.
     """
 
     site: Site
     nbytes: int
     dtype: torch.dtype
+    device: torch.device
     fixed: bool
     _holder: Any = field(repr=False, compare=False)
     _storage: Any = field(repr=False, compare=False)
@@ -72,7 +74,7 @@ class SavedLedger:
     def saved(self, holder: Holder, tensor: Tensor) -> None:
         """See a storage when it is saved first."""
         refs = weakref.ref(holder), weakref.ref(tensor.untyped_storage())
-        entry = Saved(holder.site, holder.nbytes, tensor.dtype, holder.fixed, *refs)
+        entry = Saved(holder.site, holder.nbytes, tensor.dtype, holder.device, holder.fixed, *refs)
         self.entries.append(entry)
 
     @property

@@ -11,11 +11,14 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..device import Device, Sim
 from ..errors import refuse
 from ..session import Session
 from .measure import record
+from .options import AFTER, BEFORE
+from .parts import PARTS, Part, install
 from .plan import Plan
-from .profile import TREATMENTS, Profile, profile, tensor_bytes
+from .profile import ACTIONS, MIN_BYTES, Profile, profile, tensor_bytes
 from .report import size, text
 from .solve import solve
 
@@ -29,35 +32,54 @@ class Verified:
     Attributes:
         predicted: most bytes alive, by the plan.
         measured: likewise, by the census of storages.
+        stall: nanoseconds that the step waited for copies; None: the device does not tell. The plan
+            says `plan.stall` at most.
     """
 
     predicted: int
     measured: int
+    stall: int | None = None
 
 
-def apply(session: Session, plan: Plan, *, group: dist.ProcessGroup | None = None) -> None:
+def apply(
+    session: Session | Sequence[Session],
+    plan: Plan,
+    *,
+    group: dist.ProcessGroup | None = None,
+    parts: Sequence[Part] = PARTS,
+) -> None:
     """Install what a plan decides, until the session is closed.
 
     Args:
-        session: of the model that was profiled.
+        session: of the model that was profiled; the sessions of all chunks, in the order of
+            `joined`.
         plan: what to do.
         group: processes that must hold the same plan.
+        parts: as for `profile`.
 
     Raises:
         MemoryFeatureError: E-M31, a process of the group holds another plan; E-M22, E-M10, E-M05
             as the actions themselves.
+        RuntimeError: a swap, and the model is on the processor.
         ValueError: the plan has an action that cannot be installed.
     """
+    several = not isinstance(session, Session)
+    sessions = [session] if isinstance(session, Session) else list(session)
     if group is not None:
-        plan.check_agreement(_digests(plan.digest, group, session.device))
-    by_action: dict[str, list[str]] = {}
-    for name, action in plan.actions().items():
-        by_action.setdefault(action, []).append(name)
-    unknown = sorted(set(by_action) - set(TREATMENTS))
-    if unknown:
-        raise ValueError(f"apply: plan: got actions {unknown}, need {sorted(TREATMENTS)}")
-    for action, names in by_action.items():
-        TREATMENTS[action](session, names)
+        plan.check_agreement(_digests(plan.digest, group, sessions[0].device))
+    prefixes = [f"{number}:" for number in range(len(sessions))] if several else [""]
+    actions = plan.actions()
+    if any(not name.startswith(tuple(prefixes)) for name in actions):
+        raise ValueError(f"apply: session: got {len(sessions)}, need one for each planned chunk")
+    for one, prefix in zip(sessions, prefixes, strict=True):
+        mine = {n.removeprefix(prefix): a for n, a in actions.items() if n.startswith(prefix)}
+        install(one, mine, _layers(plan, prefix), plan.min_bytes, parts)
+
+
+def _layers(plan: Plan, prefix: str = "") -> list[str]:
+    """Return the layers of a chunk, in the order of forward."""
+    sites = [d.site.removeprefix(prefix) for d in plan.decisions if d.site.startswith(prefix)]
+    return [site for site in sites if site not in (BEFORE, AFTER)]
 
 
 def _digests(digest: str, group: dist.ProcessGroup, device: object) -> dict[int, str]:
@@ -69,14 +91,26 @@ def _digests(digest: str, group: dist.ProcessGroup, device: object) -> dict[int,
     return {rank: bytes(found.tolist()).hex() for rank, found in enumerate(all_of_them)}
 
 
-def verify(model: nn.Module, step: Callable[[], object], plan: Plan) -> Verified:
+def verify(where: nn.Module | Session, step: Callable[[], object], plan: Plan) -> Verified:
     """Measure one step of a model under its plan; random states, buffers, gradients stay.
 
     What the plan counts beside the step (`extra` of `Profile.problem`) is taken to be as said.
+
+    Args:
+        where: the session in which the plan is installed, or its model.
+        step: as for `profile`.
+        plan: what is installed.
     """
-    phases = record(model, step, (), time.perf_counter_ns, count=True)
+    model, sources, clock = where, None, None
+    if isinstance(where, Session):
+        model, sources = where.model, where.sources
+        clock = where.device.clock if isinstance(where.device, Sim) else None
+    assert isinstance(model, nn.Module)
+    before = 0 if clock is None else clock.stalled
+    phases = record(model, step, (), time.perf_counter_ns, count=True, sources=sources)
     extra = plan.live[-1] - phases[-1].start
-    return Verified(plan.peak, max(phase.peak for phase in phases) + extra)
+    peak = max(phase.peak for phase in phases) + extra
+    return Verified(plan.peak, peak, None if clock is None else clock.stalled - before)
 
 
 class Installed:
@@ -90,12 +124,20 @@ class Installed:
         fallen_back: the inputs outgrew the profile, and every layer is recomputed since.
     """
 
-    def __init__(self, model: nn.Module, found: Profile, plan: Plan, *, strict: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Profile,
+        plan: Plan,
+        *,
+        strict: bool,
+        device: str | torch.device | Device = "auto",
+    ) -> None:
         self.plan, self.profile = plan, found
         self.verified: Verified | None = None
         self.fallen_back = False
-        self._model, self._strict = model, strict
-        self.session = Session(model)
+        self._model, self._strict, self._device = model, strict, device
+        self.session = Session(model, device=device)
         apply(self.session, plan)
         self._guard = model.register_forward_pre_hook(self._check, with_kwargs=True)
 
@@ -128,12 +170,9 @@ class Installed:
         log.warning("%s: every layer is recomputed from here on", where)
         self.fallen_back = True
         self.session.close()
-        self.session = Session(model)
-        layers = [d.site for d in self.plan.decisions if len(self._options(d.site)) > 1]
-        TREATMENTS["recompute"](self.session, layers)
-
-    def _options(self, site: str) -> Sequence[object]:
-        return next(layer.options for layer in self.profile.layers if layer.name == site)
+        self.session = Session(model, device=self._device)
+        layers = _layers(self.plan)
+        install(self.session, dict.fromkeys(layers, "recompute"), layers, self.plan.min_bytes)
 
 
 def plan(
@@ -142,12 +181,14 @@ def plan(
     budget: int,
     *,
     layers: Sequence[str] | None = None,
-    actions: Collection[str] = tuple(TREATMENTS),
+    actions: Collection[str] = ACTIONS,
     pins: Mapping[str, str] | None = None,
     in_flight: int = 1,
     extra: int = 0,
     strict: bool = False,
-    clock: Callable[[], int] = time.perf_counter_ns,
+    min_bytes: int = MIN_BYTES,
+    device: str | torch.device | Device = "auto",
+    clock: Callable[[], int] | None = None,
 ) -> Installed:
     """Profile a model, find the fastest plan within a budget, install it and measure a step.
 
@@ -156,13 +197,16 @@ def plan(
         step: runs the forward and returns the loss, or runs the backward as well.
         budget: bytes: parameters, buffers, gradients, activations, and `extra`.
         layers: see `profile`.
-        actions: which may be used: "discard" (norm outputs), "recompute" (the layer).
+        actions: which may be used: "discard" (norms, activation), "recompute" (the layer, its
+            attention, its MLP), "swap" (what these save).
         pins: see `solve`.
         in_flight: micro-batches between their forward and backward.
         extra: bytes that the step does not show: optimizer state, communication buffers.
         strict: refuse inputs larger than the profiled ones; otherwise every layer is recomputed
             from then on.
-        clock: returns nanoseconds.
+        min_bytes: storages below are not swapped.
+        device: where the model is, see `Session`.
+        clock: see `profile`.
 
     Returns:
         What is installed; `print` it for the report, `close()` it to undo.
@@ -171,14 +215,17 @@ def plan(
         MemoryFeatureError: E-M30, the budget is too small; E-M22, nothing to plan was found;
             E-M20, the model is in another open session.
     """
-    found = profile(model, step, layers=layers, actions=tuple(actions), clock=clock)
+    with Session(model, device=device) as session:
+        found = profile(
+            session, step, layers=layers, actions=tuple(actions), min_bytes=min_bytes, clock=clock
+        )
     problem = found.problem(in_flight=in_flight, extra=extra)
     limit = budget
     for last in (False, True):
         made = solve(problem, limit, actions=actions, pins=pins)
-        installed = Installed(model, found, made, strict=strict)
+        installed = Installed(model, found, made, strict=strict, device=device)
         # One step shows the peak of one micro-batch only.
-        installed.verified = verify(model, step, made) if in_flight == 1 else None
+        installed.verified = verify(installed.session, step, made) if in_flight == 1 else None
         over = 0 if installed.verified is None else installed.verified.measured - budget
         if over <= 0 or last:
             break

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..ledger import StorageCensus
-from ..recompute.replay import default_sources
+from ..recompute.replay import Source, copied, default_sources
 
 Clock = Callable[[], int]
 
@@ -41,13 +41,20 @@ class Recorder:
         layers: dotted paths, each called once a step, in the order of forward.
         clock: returns nanoseconds.
         census: counts bytes; None: only time is taken.
+        turn: called when the last layer's forward has ended.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], clock: Clock, census: StorageCensus | None
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        clock: Clock,
+        census: StorageCensus | None,
+        turn: Callable[[], object] | None = None,
     ) -> None:
         self.phases: list[Phase] = []
         self._model, self._layers = model, layers
+        self._turn = turn
         self._clock, self._census = clock, census
         self._open: tuple[str, int, int] | None = None
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -73,7 +80,10 @@ class Recorder:
         for name in self._layers:
             module = self._model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(name)))
+            # Before those of a plan, which may start copies when a layer's backward begins; its
+            # forward ends after theirs.
+            first = module.register_forward_hook(self._watch(name), prepend=True)
+            handles += [first, module.register_forward_hook(self._leave(name))]
         try:
             yield
         finally:
@@ -91,11 +101,20 @@ class Recorder:
 
         return enter
 
-    def _leave(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def leave(module: nn.Module, args: object, out: object) -> None:
+    def _watch(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def watch(module: nn.Module, args: object, out: object) -> None:
             for tensor in _differentiable(out)[:1]:
                 tensor.register_hook(lambda _: self.mark(f"backward {name}"))
+
+        return watch
+
+    def _leave(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        last = name == self._layers[-1]
+
+        def leave(module: nn.Module, args: object, out: object) -> None:
             self.mark(f"after {name}")
+            if last and self._turn is not None:
+                self._turn()
 
         return leave
 
@@ -107,6 +126,8 @@ def record(
     clock: Clock,
     *,
     count: bool,
+    sources: Sequence[Source] | None = None,
+    turn: Callable[[], object] | None = None,
 ) -> list[Phase]:
     """Run a step as if it had not been: random states, buffers and gradients are as before.
 
@@ -116,10 +137,13 @@ def record(
         layers: paths of layers.
         clock: returns nanoseconds.
         count: bytes are counted, which makes the step slow; otherwise only time is taken.
+        sources: get and set of the random states; None: torch's own.
+        turn: called when the last layer's forward has ended.
     """
-    with _as_found(model):
-        census = StorageCensus(_state(model)) if count else None
-        recorder = Recorder(model, layers, clock, census)
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _as_found(model, default_sources(where) if sources is None else sources):
+        census = StorageCensus(_state(model), where.type) if count else None
+        recorder = Recorder(model, layers, clock, census, turn)
         with contextlib.ExitStack() as stack:
             stack.enter_context(recorder.hooks())
             if census is not None:
@@ -135,9 +159,8 @@ def record(
 
 
 @contextlib.contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    device = next((p.device for p in model.parameters()), None)
-    states = [(put, get().clone()) for get, put in default_sources(device)]
+def _as_found(model: nn.Module, sources: Sequence[Source]) -> Iterator[None]:
+    states = [(put, copied(get())) for get, put in sources]
     buffers = [(b, b.clone()) for b in model.buffers()]
     grads = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in grads:

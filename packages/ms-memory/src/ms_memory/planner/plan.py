@@ -56,6 +56,7 @@ class Plan:
         live: bytes alive at each.
         unplanned: likewise without a plan.
         minimum: the smallest budget that has a plan.
+        min_bytes: storages below are not swapped.
         shadow: time at a smaller and at a larger budget.
         curve: the least time over budgets between the minimum and the unplanned peak.
     """
@@ -71,6 +72,7 @@ class Plan:
     live: tuple[int, ...]
     unplanned: tuple[int, ...]
     minimum: int
+    min_bytes: int = 0
     shadow: tuple[Point, ...] = ()
     curve: tuple[Point, ...] = ()
 
@@ -83,6 +85,11 @@ class Plan:
     def peak_event(self) -> str:
         """Return the first event with that many."""
         return self.events[self.live.index(self.peak)]
+
+    @property
+    def stall(self) -> int:
+        """Return the nanoseconds of `time` that copies hold the step up, at most."""
+        return sum(decision.option.stall for decision in self.decisions)
 
     @property
     def gap(self) -> float:
@@ -101,7 +108,11 @@ class Plan:
     @property
     def digest(self) -> str:
         """Return a digest of what is decided: equal in all processes that hold equal plans."""
-        decided = [self.budget, [(d.site, asdict(d.option)) for d in self.decisions]]
+        decided = [
+            self.budget,
+            self.min_bytes,
+            [(d.site, asdict(d.option)) for d in self.decisions],
+        ]
         text = json.dumps(decided, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -27,6 +27,7 @@ class Option:
         time: nanoseconds that it adds to the step.
         host: pinned bytes on the host.
         actions: what is to be installed: (part of the site, action).
+        stall: how much of `time` waits for copies.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Option:
     time: int = 0
     host: int = 0
     actions: tuple[tuple[str, str], ...] = ()
+    stall: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,13 @@ class Problem:
         events: names, in order of time.
         base: bytes per event: parameters, gradients, optimizer state, buffers, workspaces.
         sites: in the order of forward.
+        min_bytes: storages below are not swapped.
     """
 
     events: tuple[str, ...]
     base: tuple[int, ...]
     sites: tuple[Site, ...]
+    min_bytes: int = 0
 
     def __post_init__(self) -> None:
         if len(self.base) != len(self.events):
@@ -93,7 +97,7 @@ class Problem:
             Site(site["name"], tuple(option_from_dict(o) for o in site["options"]))
             for site in data["sites"]
         )
-        return cls(tuple(data["events"]), tuple(data["base"]), sites)
+        return cls(tuple(data["events"]), tuple(data["base"]), sites, data["min_bytes"])
 
 
 def option_from_dict(data: Mapping[str, Any]) -> Option:
@@ -104,11 +108,12 @@ def option_from_dict(data: Mapping[str, Any]) -> Option:
         data["time"],
         data["host"],
         tuple((part, action) for part, action in data["actions"]),
+        data["stall"],
     )
 
 
 def _check(option: Option, where: str, events: int) -> None:
-    numbers = [option.time, option.host, *(span.nbytes for span in option.spans)]
+    numbers = [option.time, option.host, option.stall, *(span.nbytes for span in option.spans)]
     if any(not isinstance(number, int) or number < 0 for number in numbers):
         raise ValueError(f"Problem: {where}: got {numbers}, need integers that are not negative")
     for span in option.spans:
@@ -137,9 +142,11 @@ class LayerOption:
         forward: most bytes alive during the layer's own forward, beyond what other layers hold.
         backward: likewise during its own backward; a recomputation's bytes are among them.
         leaving: bytes that are on their way to the host while the next layer's forward runs, and
-            on their way back during the next layer's backward. Copies of a layer are to end
-            while its neighbour computes: what does not fit is part of `time`.
-        time: nanoseconds added: recomputation and stalls.
+            on their way back during the next layer's backward.
+        time: nanoseconds added, but for the stalls that follow from the next two.
+        out_time: nanoseconds of the copies to the host. What the next layer's forward is too short
+            to hide is a stall: its own copies come after, so that nothing piles up.
+        back_time: of those back, hidden by the next layer's backward.
         host: pinned bytes a micro-batch.
         actions: as in `Option`.
     """
@@ -150,21 +157,37 @@ class LayerOption:
     backward: int
     leaving: int = 0
     time: int = 0
+    out_time: int = 0
+    back_time: int = 0
     host: int = 0
     actions: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of a chain; `in_flight` micro-batches are between its forward and backward."""
+    """A layer of a chain.
+
+    Attributes:
+        name: of it.
+        options: what can be done.
+        in_flight: micro-batches between its forward and backward.
+        forward_time: nanoseconds that it computes at least, which hide the previous layer's copies.
+        backward_time: likewise in backward.
+    """
 
     name: str
     options: tuple[LayerOption, ...]
     in_flight: int = 1
+    forward_time: int = 0
+    backward_time: int = 0
 
 
 def chain(
-    layers: Sequence[Layer], base: int | Sequence[int] = 0, *, step: int | None = None
+    layers: Sequence[Layer],
+    base: int | Sequence[int] = 0,
+    *,
+    step: int | None = None,
+    min_bytes: int = 0,
 ) -> Problem:
     """Build the problem of layers that run one after the other, and backward in reverse.
 
@@ -177,6 +200,7 @@ def chain(
         base: bytes alive whatever is chosen, for all events or one number for each of the
             2 L + 1 events.
         step: bytes alive in the optimizer's step; None: as `base` says.
+        min_bytes: as in `Problem`.
     """
     count = len(layers)
     names = [layer.name for layer in layers]
@@ -184,14 +208,23 @@ def chain(
     static = [base] * (2 * count + 1) if isinstance(base, int) else list(base)
     if step is not None:
         static[-1] = step
+    followers = (*layers[1:], Layer("", ()))
     sites = (
-        Site(layer.name, tuple(_spans(o, i, count, layer.in_flight) for o in layer.options))
-        for i, layer in enumerate(layers)
+        Site(
+            one.name, tuple(_spans(o, i, count, one.in_flight, _stall(o, nxt)) for o in one.options)
+        )
+        for i, (one, nxt) in enumerate(zip(layers, followers, strict=True))
     )
-    return Problem((*events, "optimizer step"), tuple(static), tuple(sites))
+    return Problem((*events, "optimizer step"), tuple(static), tuple(sites), min_bytes)
 
 
-def _spans(option: LayerOption, place: int, count: int, in_flight: int) -> Option:
+def _stall(option: LayerOption, follower: Layer) -> int:
+    """Return how long the copies of a layer at most hold up the layers after it."""
+    out = max(0, option.out_time - follower.forward_time)
+    return out + max(0, option.back_time - follower.backward_time)
+
+
+def _spans(option: LayerOption, place: int, count: int, in_flight: int, stall: int) -> Option:
     first, last = place, 2 * count - 1 - place  # the layer's forward and backward
     spans = [
         Span(first, first + 1, option.forward),
@@ -202,6 +235,6 @@ def _spans(option: LayerOption, place: int, count: int, in_flight: int) -> Optio
     if place + 1 < count:
         spans += [Span(first + 1, first + 2, option.leaving), Span(last - 1, last, option.leaving)]
     kept = tuple(span for span in spans if span.nbytes and span.stop > span.start)
-    return Option(
-        option.name, kept, option.time * in_flight, option.host * in_flight, option.actions
-    )
+    time = (option.time + stall) * in_flight
+    host = option.host * in_flight
+    return Option(option.name, kept, time, host, option.actions, stall * in_flight)

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import statistics
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .. import recompute
+from ..device import Sim
+from ..device.probe import Rates, probe
 from ..errors import MemoryFeatureError, refuse
-from ..recompute.match import layer_index, matched
+from ..recompute.match import matched
 from ..session import Session
 from .measure import Clock, Phase, record
+from .options import Run, layers_of
+from .parts import PARTS, Combination, Part, combinations, install
 from .problem import Layer, LayerOption, Problem, chain
 
-Install = Callable[[Session, Sequence[str]], object]
+log = logging.getLogger("ms_memory")
 
-
-def _recompute(session: Session, layers: Sequence[str]) -> object:
-    return recompute.modules(session, list(layers))
-
-
-def _discard(session: Session, layers: Sequence[str]) -> object:
-    places = {layer_index(session.model, f"{name}.") for name in layers}
-    return recompute.norms(session, layers=lambda index: index in places)
-
-
-# Action -> what installs it on some layers.
-TREATMENTS: dict[str, Install] = {"discard": _discard, "recompute": _recompute}
+ACTIONS = ("discard", "recompute", "swap")
+MIN_BYTES = 524_288
 
 
 @dataclass(frozen=True)
@@ -44,32 +38,77 @@ class Profile:
         base: bytes alive when a step begins: parameters and buffers.
         step: bytes alive when it has ended: gradients as well.
         input_bytes: of the tensors that the model was given; a plan holds for inputs up to this.
+        min_bytes: storages below are not swapped.
     """
 
     layers: tuple[Layer, ...]
     base: int
     step: int
     input_bytes: int
+    min_bytes: int = MIN_BYTES
 
     def problem(self, *, in_flight: int = 1, extra: int = 0) -> Problem:
         """Return what `solve` takes.
 
         Args:
-            in_flight: micro-batches between their forward and backward.
+            in_flight: micro-batches between their forward and backward. With several, gradients
+                count as alive all the time.
             extra: bytes alive all the time that the step does not show: optimizer state,
                 communication buffers.
         """
         layers = [replace(layer, in_flight=in_flight) for layer in self.layers]
-        return chain(layers, self.base + extra, step=self.step + extra)
+        base = self.base if in_flight == 1 else self.step
+        return chain(layers, base + extra, step=self.step + extra, min_bytes=self.min_bytes)
 
-    def scaled(self, compute: float) -> Profile:
-        """Return the profile of a device that needs `compute` times as long to compute."""
+    def scaled(self, compute: float, copies: float = 1.0) -> Profile:
+        """Return the profile of a device that takes other times.
 
-        def slower(option: LayerOption) -> LayerOption:
-            return replace(option, time=round(option.time * compute))
+        Args:
+            compute: how many times as long to compute.
+            copies: how many times as long to copy to and from the host.
+        """
 
-        layers = (replace(one, options=tuple(map(slower, one.options))) for one in self.layers)
-        return replace(self, layers=tuple(layers))
+        def option(one: LayerOption) -> LayerOption:
+            return replace(
+                one,
+                time=round(one.time * compute),
+                out_time=round(one.out_time * copies),
+                back_time=round(one.back_time * copies),
+            )
+
+        def layer(one: Layer) -> Layer:
+            return replace(
+                one,
+                options=tuple(map(option, one.options)),
+                forward_time=round(one.forward_time * compute),
+                backward_time=round(one.backward_time * compute),
+            )
+
+        return replace(self, layers=tuple(map(layer, self.layers)))
+
+    @staticmethod
+    def merged(profiles: Sequence[Profile]) -> Profile:
+        """Return the largest of every number, the smallest of what hides copies.
+
+        Args:
+            profiles: of one model in several processes, which are to have one plan.
+
+        Raises:
+            ValueError: their layers or options differ.
+        """
+        kinds = {
+            tuple((la.name, *(o.name for o in la.options)) for la in p.layers) for p in profiles
+        }
+        if len(kinds) != 1 or len({p.min_bytes for p in profiles}) != 1:
+            raise ValueError("merged: profiles: got other layers or options, need the same")
+        layers = tuple(map(_merged_layer, zip(*(p.layers for p in profiles), strict=True)))
+        return Profile(
+            layers,
+            max(p.base for p in profiles),
+            max(p.step for p in profiles),
+            min(p.input_bytes for p in profiles),
+            profiles[0].min_bytes,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return lists, strings and integers, for JSON."""
@@ -82,58 +121,107 @@ class Profile:
             replace(Layer(**one), options=tuple(map(_option, one["options"])))
             for one in data["layers"]
         )
-        return cls(layers, data["base"], data["step"], data["input_bytes"])
+        return cls(**{**data, "layers": layers})
 
 
 def _option(data: Mapping[str, Any]) -> LayerOption:
     return LayerOption(**{**data, "actions": tuple(map(tuple, data["actions"]))})
 
 
+def _merged_layer(same: tuple[Layer, ...]) -> Layer:
+    numbers = ("held", "forward", "backward", "leaving", "time", "out_time", "back_time", "host")
+
+    def option(options: tuple[LayerOption, ...]) -> LayerOption:
+        most = {name: max(getattr(o, name) for o in options) for name in numbers}
+        return replace(options[0], **most)
+
+    return replace(
+        same[0],
+        options=tuple(map(option, zip(*(layer.options for layer in same), strict=True))),
+        forward_time=min(layer.forward_time for layer in same),
+        backward_time=min(layer.backward_time for layer in same),
+    )
+
+
+def joined(profiles: Sequence[Profile], in_flight: Sequence[int], extra: int = 0) -> Problem:
+    """Return the problem of several chunks of a pipeline that share a device.
+
+    Sites are called "0:layers.0", "1:layers.0", by chunk.
+
+    Args:
+        profiles: of the chunks, in the order of forward, each of its own micro-batch.
+        in_flight: micro-batches of each chunk between their forward and backward.
+        extra: see `Profile.problem`.
+    """
+    layers = [
+        _prefixed(replace(layer, in_flight=count), f"{number}:")
+        for number, (found, count) in enumerate(zip(profiles, in_flight, strict=True))
+        for layer in found.layers
+    ]
+    step = sum(found.step for found in profiles) + extra
+    return chain(layers, step, min_bytes=max(found.min_bytes for found in profiles))
+
+
+def _prefixed(layer: Layer, prefix: str) -> Layer:
+    options = tuple(
+        replace(one, actions=tuple((prefix + part, action) for part, action in one.actions))
+        for one in layer.options
+    )
+    return replace(layer, name=prefix + layer.name, options=options)
+
+
 def profile(
-    model: nn.Module,
+    where: nn.Module | Session,
     step: Callable[[], object],
     *,
     layers: Sequence[str] | None = None,
-    actions: Sequence[str] = tuple(TREATMENTS),
+    actions: Sequence[str] = ACTIONS,
     steps: int = 2,
-    clock: Clock = time.perf_counter_ns,
-    session: Callable[[nn.Module], Session] = Session,
+    min_bytes: int = MIN_BYTES,
+    clock: Clock | None = None,
+    parts: Sequence[Part] = PARTS,
 ) -> Profile:
-    """Measure bytes and times of a step: once as it is, and once with each action on all layers.
+    """Measure bytes and times of a step: as it is, and with each combination of actions.
 
-    Bytes are exact: every storage that operators make, by layer and direction. Random states,
-    buffers and gradients are left as found.
+    Bytes are exact: every storage that operators make, by layer and direction. What is discarded
+    and computed again is measured in every combination; what swapping adds to it is composed from
+    the storages that the combination saves and the time that copies take, see `device.probe`.
+    Random states, buffers and gradients are left as found.
 
     Args:
-        model: in no open session.
-        step: runs the forward and returns the loss, or runs the backward as well.
+        where: a model in no open session; or its open session, in which nothing is installed.
+        step: runs one forward and returns the loss, or runs the backward as well.
         layers: names with wildcards of the layers, each called once a step, one after the other;
             None: the children of the outermost module lists.
-        actions: what to try, beside keeping everything.
+        actions: what to try, beside keeping everything. "swap" is left out on the processor.
         steps: for the times, of which the least counts.
-        clock: returns nanoseconds.
-        session: opens the session in which an action is tried; a framework's own registers its
-            generators.
+        min_bytes: storages below are not swapped.
+        clock: returns nanoseconds; None: that of the machine, or of a simulated device.
+        parts: what layers have that can be kept or had again.
 
     Raises:
-        MemoryFeatureError: E-M22, no layers were found, or a step does not run each of them once.
+        MemoryFeatureError: E-M22, no layers were found, or a step does not run each of them once;
+            E-M20, a session acts on the model already.
     """
+    model = where if isinstance(where, nn.Module) else where.model
     names = layer_names(model) if layers is None else [n for n, _ in matched(model, list(layers))]
     if not names:
         refuse("E-M22", "no module list in the model", "name the layers with layers=")
+    trials = _Trials(where, step, names, parts, min_bytes, steps, clock)
+    if "swap" in actions:
+        trials.find_copies()
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(tensor_bytes((args, kwargs))), with_kwargs=True
     )
     try:
-        runs = {"keep": _runs(model, step, names, None, steps, clock)}
-        for action in actions:
-            found = _try(session, model, step, names, action, steps, clock)
-            if found is not None:
-                runs[action] = found
+        runs = dict(trials.all(actions))
     finally:
         handle.remove()
-    return Profile(_layers(names, runs), *_statics(runs["keep"]), max(sizes))
+    keep = runs[Combination()].phases
+    found = layers_of(model, names, runs, parts, trials.rates)
+    base, end = keep["begin"][0].start, keep["optimizer step"][0].start
+    return Profile(found, base, end, max(sizes), min_bytes)
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -148,112 +236,102 @@ def tensor_bytes(tree: object) -> int:
     return sum(t.nbytes for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
-Runs = dict[str, tuple[Phase, ...]]
+def trial(where: nn.Module | Session) -> AbstractContextManager[Session]:
+    """Return a session to try something in."""
+    return Session(where) if isinstance(where, nn.Module) else where.trial()
 
 
-def _try(
-    open_session: Callable[[nn.Module], Session],
-    model: nn.Module,
-    step: Callable[[], object],
-    names: Sequence[str],
-    action: str,
-    steps: int,
-    clock: Clock,
-) -> Runs | None:
-    """Measure an action; None: it has nothing to act on in this model."""
-    try:
-        with open_session(model) as session:
-            TREATMENTS[action](session, names)
-            return _runs(model, step, names, session, steps, clock)
-    except MemoryFeatureError as refused:
-        if refused.code != "E-M22":
-            raise
-        return None
+@dataclass
+class _Trials:
+    """The runs of a profile; `rates` None: nothing can be swapped."""
+
+    where: nn.Module | Session
+    step: Callable[[], object]
+    names: Sequence[str]
+    parts: Sequence[Part]
+    min_bytes: int
+    steps: int
+    clock: Clock | None
+    rates: Rates | None = None
+
+    def find_copies(self) -> None:
+        """See whether the device can copy, how fast, and whether it has a clock of its own."""
+        with trial(self.where) as session:
+            device = session.device
+        if device.name == "cpu":
+            return
+        self.rates = probe(device)
+        if self.clock is None and isinstance(device, Sim) and device.clock is not None:
+            virtual = device.clock
+            self.clock = lambda: virtual.now
+
+    def all(self, actions: Sequence[str]) -> Iterator[tuple[Combination, Run]]:
+        """Run every combination that acts on something; the first one keeps everything."""
+        for combination in combinations(self.parts, actions):
+            wanted = self._wanted(combination)
+            if combination.again and not wanted:
+                continue
+            try:
+                with trial(self.where) as session:
+                    install(session, wanted, self.names, self.min_bytes, self.parts)
+                    yield combination, self._run(session)
+            except MemoryFeatureError as refused:
+                if not combination.again or refused.code == "E-M20":
+                    raise
+                log.info("%s is no option: %s", combination.label, refused)
+
+    def _wanted(self, combination: Combination) -> dict[str, str]:
+        """Return what to install: on the layers that have all its parts."""
+        model = self.where if isinstance(self.where, nn.Module) else self.where.model
+        return {
+            part.of(name): part.action
+            for name in self.names
+            if all(part.find(model, name) for part in combination.again)
+            for part in combination.again
+        }
+
+    def _run(self, session: Session) -> Run:
+        """Return the phases by name: the first with bytes, the others with times."""
+        saved: list[tuple[str, int]] = []
+
+        def turn() -> None:
+            saved.extend(
+                (entry.site.module, entry.nbytes)
+                for entry in session.ledger.entries
+                if not entry.fixed and entry.live_bytes and entry.nbytes >= self.min_bytes
+                if entry.device == where
+            )
+
+        where = next((p.device for p in session.model.parameters()), None)
+        if self.rates is not None:
+            session.ledger  # noqa: B018  counts from here on
+        first = self._record(session, count=True, turn=None if self.rates is None else turn)
+        recorded = [first, *(self._record(session, count=False) for _ in range(self.steps))]
+        _check_once([phase.name for phase in first], self.names)
+        names = {phase.name for phase in first} | {"end"}
+        return Run({n: tuple(_phase(run, n) for run in recorded) for n in names}, tuple(saved))
+
+    def _record(
+        self, session: Session, *, count: bool, turn: Callable[[], object] | None = None
+    ) -> list[Phase]:
+        return record(
+            session.model,
+            self.step,
+            self.names,
+            self.clock or time.perf_counter_ns,
+            count=count,
+            sources=session.sources,
+            turn=turn,
+        )
 
 
-def _runs(
-    model: nn.Module,
-    step: Callable[[], object],
-    names: Sequence[str],
-    session: Session | None,
-    steps: int,
-    clock: Clock,
-) -> Runs:
-    """Return the phases by name: the first with bytes, the others with times."""
-    recorded = [record(model, step, names, clock, count=True)]
-    recorded += [record(model, step, names, clock, count=False) for _ in range(steps)]
-    found = [phase.name for phase in recorded[0]]
+def _check_once(found: Sequence[str], names: Sequence[str]) -> None:
     want = [f"{way} {name}" for name in names for way in ("forward", "backward")]
     wrong = [name for name in want if found.count(name) != 1]
     if wrong:
         refuse("E-M22", f"a step does not run {wrong[:3]} once", "name other layers with layers=")
-    return {name: tuple(_phase(run, name) for run in recorded) for name in {*found, "end"}}
 
 
 def _phase(run: Sequence[Phase], name: str) -> Phase:
     """Return a phase; "end" is empty where the layers' input has no gradient."""
     return next((phase for phase in run if phase.name == name), Phase(name, 0, 0, 0))
-
-
-def _statics(keep: Runs) -> tuple[int, int]:
-    return keep["begin"][0].start, keep["optimizer step"][0].start
-
-
-def _layers(names: Sequence[str], runs: Mapping[str, Runs]) -> tuple[Layer, ...]:
-    """Return what comes before the layers, the layers, and what comes after them."""
-    keep = {name: phases[0] for name, phases in runs["keep"].items()}
-    begin, end, turn = keep["begin"], keep["end"], keep[f"after {names[-1]}"]
-    before = LayerOption(
-        "keep",
-        held=keep[f"forward {names[0]}"].start - begin.start,
-        forward=begin.peak - begin.start,
-        backward=max(0, end.peak - begin.start),
-    )
-    most = turn.peak - turn.start
-    after = LayerOption("keep", held=0, forward=most, backward=most)
-    middle = (
-        Layer(name, tuple(_measured(name, follower, a, runs) for a in runs))
-        for name, follower in zip(names, (*names[1:], None), strict=True)
-    )
-    layers = _levelled(list(middle))
-    return Layer("before the layers", (before,)), *layers, Layer("after the layers", (after,))
-
-
-def _levelled(layers: Sequence[Layer]) -> list[Layer]:
-    """Give options that hold the same bytes one time, the median: the rest is noise."""
-    times: dict[tuple[str, int, int], list[int]] = {}
-    for layer in layers:
-        for option in layer.options:
-            times.setdefault((option.name, option.held, option.forward), []).append(option.time)
-
-    def level(option: LayerOption) -> LayerOption:
-        alike = times[option.name, option.held, option.forward]
-        return replace(option, time=statistics.median_low(alike))
-
-    return [replace(layer, options=tuple(map(level, layer.options))) for layer in layers]
-
-
-def _measured(
-    name: str, follower: str | None, action: str, runs: Mapping[str, Runs]
-) -> LayerOption:
-    run, keep = runs[action], runs["keep"]
-    forward, backward = run[f"forward {name}"], run[f"backward {name}"]
-    after = run[f"after {name}"][0]
-    start = forward[0].start
-    held = after.start if follower is None else run[f"forward {follower}"][0].start
-    peak = forward[0].peak if follower is None else max(forward[0].peak, after.peak)
-    added = _least(forward, backward) - _least(keep[f"forward {name}"], keep[f"backward {name}"])
-    kept = action == "keep"
-    return LayerOption(
-        action,
-        held=held - start,
-        forward=peak - start,
-        backward=backward[0].peak - start,
-        time=0 if kept else max(0, added),
-        actions=() if kept else ((name, action),),
-    )
-
-
-def _least(*phases: Sequence[Phase]) -> int:
-    """Return the least time of the runs that only took time."""
-    return sum(min(phase.time for phase in one[1:] or one) for one in phases)

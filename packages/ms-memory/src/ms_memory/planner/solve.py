@@ -86,7 +86,9 @@ def restrict(problem: Problem, actions: Collection[str], pins: Mapping[str, str]
 
 def _restricted(site: Site, actions: Collection[str], pins: Mapping[str, str]) -> Site:
     forbidden = set(ACTIONS) - {"keep", *actions}
-    mine = {p: action for p, action in pins.items() if _touches(site, p)}
+    # Where nothing can be decided, as before the layers, a pattern like "*" means nothing.
+    alone = len(site.options) == 1 and not site.options[0].actions
+    mine = {} if alone else {p: action for p, action in pins.items() if _touches(site, p)}
     options = tuple(
         option
         for option in site.options
@@ -114,7 +116,9 @@ def _touches(site: Site, pattern: str) -> bool:
 
 def _obeys(site: Site, option: Option, pattern: str, action: str) -> bool:
     if fnmatch.fnmatchcase(site.name, pattern):
-        return action == option.name or {a for _, a in _parts(site, option)} == {action}
+        if any(action == one.name for one in site.options):
+            return action == option.name
+        return {a for _, a in _parts(site, option)} == {action}
     done = {part: a for part, a in option.actions if fnmatch.fnmatchcase(part, pattern)}
     return set(done.values() or ["keep"]) == {action}
 
@@ -185,6 +189,7 @@ def _plan(
         live=allowed.live(picks),
         unplanned=unplanned,
         minimum=minimum,
+        min_bytes=problem.min_bytes,
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import refuse
 from .discard import Discard
-from .match import Layers, chosen, matched
+from .match import Layers, Plan, chosen, matched
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -49,7 +49,7 @@ class Gated:
 
 
 def activation(
-    session: Session, match: str = "auto", layers: Layers = None, *, consumer: str | None = None
+    session: Session, match: Plan = "auto", layers: Layers = None, *, consumer: str | None = None
 ) -> list[str]:
     """Discard activations until the backward needs them.
 
@@ -60,7 +60,7 @@ def activation(
         session: of the model.
         match: "auto" for activations followed by a linear layer and for gated MLPs
             (`gate_proj`, `up_proj`, `down_proj`, or `w1`, `w3`, `w2`); or names with wildcards of
-            gated MLPs, or of activation modules.
+            gated MLPs, or of activation modules, or a function of name and module.
         layers: None for all, the first so many, a slice, or a function of the layer's index.
         consumer: names of the modules that read what `match` returns, beside them; None: the module
             after it.
@@ -74,7 +74,7 @@ def activation(
     """
     model = session.model
     if match == "auto":
-        candidates = [n for n, m in model.named_modules() if _gated(m) or _after(model, n, m)]
+        candidates = activations_of(model)
         if not candidates:
             remedy = "name the activation modules with match= and their readers with consumer="
             refuse("E-M22", "no activation module before a linear layer, no gated MLP", remedy)
@@ -94,6 +94,12 @@ def activation(
         session.claim(module, FEATURE, f"until {session.path(reader)}")
         _pair(session, module, reader)
     return paths
+
+
+def activations_of(model: nn.Module, layer: str = "") -> list[str]:
+    """Return the paths of what "auto" finds, in the whole model or in one layer."""
+    named = model.get_submodule(layer).named_modules(prefix=layer)
+    return [n for n, m in named if _gated(m) or _after(model, n, m)]
 
 
 def _gated_forward(

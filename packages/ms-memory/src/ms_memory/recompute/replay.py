@@ -46,7 +46,7 @@ class Replay:
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Around the first run."""
-        before = [_copied(get()) for get, _ in self._sources]
+        before = [copied(get()) for get, _ in self._sources]
         yield
         if self._rng == "auto":
             # A state costs a few kB a region: the generators that were not drawn from are dropped.
@@ -58,7 +58,7 @@ class Replay:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Around the second run: the states are those of the first, and afterwards as before."""
-        current = [_copied(get()) for get, _ in self._sources]
+        current = [copied(get()) for get, _ in self._sources]
         try:
             for state, (_, put) in zip(self._states, self._sources, strict=True):
                 put(state)
@@ -80,10 +80,10 @@ def _autocast_of(kind: str) -> dict[str, Any]:
     }
 
 
-def _copied(state: Any) -> Any:
+def copied(state: Any) -> Any:
     """Copy containers: a tracker may hand out its own dictionary."""
     if isinstance(state, dict):
-        return {k: _copied(v) for k, v in state.items()}
+        return {k: copied(v) for k, v in state.items()}
     return state.clone() if isinstance(state, Tensor) else state
 
 
