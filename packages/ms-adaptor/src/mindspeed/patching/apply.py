@@ -14,6 +14,7 @@ from mindspeed.patching.errors import PatchError, StalePlanError
 from mindspeed.patching.first_step import watch_first_step
 from mindspeed.patching.hooks import ImportHooks
 from mindspeed.patching.plan import Plan, Step, plan
+from mindspeed.patching.references import Variables
 from mindspeed.patching.slot import Place, Slot, find_stale, load
 from mindspeed.patching.source import installed_source, installed_version
 from mindspeed.patching.stubs import StubFinder
@@ -189,8 +190,9 @@ class Handle:
         for slot in ready:
             slot.prepare(sys.modules[slot.module_name])
         find_stale(ready, fresh=None)
+        variables = Variables()
         for slot in ready:
-            slot.commit(self._claimed(slot))
+            slot.commit(variables, self._claimed(slot))
 
     def _stub(self, step: Step) -> None:
         wanted = step.patch.probe is None or load(step.patch.probe)(None)
@@ -206,7 +208,7 @@ class Handle:
         if slot is None:
             slot = self._slots[target] = Slot(target, steps)
         else:
-            slot.restore(self._claimed(slot))
+            slot.restore(Variables(), self._claimed(slot))
             slot.steps = steps
         if slot.module_name in sys.modules:
             return [slot]
@@ -227,11 +229,13 @@ class Handle:
                 self._check_late(slot)
                 slot.prepare(module)
             find_stale(slots, fresh=module.__name__)
+            variables = Variables()
             for slot in slots:
-                slot.commit(self._claimed(slot))
+                slot.commit(variables, self._claimed(slot))
         except BaseException:
+            variables = Variables()
             for slot in slots:
-                slot.restore(self._claimed(slot))
+                slot.restore(variables, self._claimed(slot))
             raise
         self._waiting.pop(module.__name__, None)
 
@@ -248,14 +252,14 @@ class Handle:
             steps = before.get(target)
             if slot.steps == steps and slot.status != "prepared":
                 continue
-            slot.restore(self._claimed(slot))
+            slot.restore(Variables(), self._claimed(slot))
             if steps is None:
                 self._forget(slot)
             elif slot.steps != steps:
                 slot.steps = steps
                 if slot.module_name in sys.modules:
                     slot.prepare(sys.modules[slot.module_name])
-                    slot.commit(self._claimed(slot))
+                    slot.commit(Variables(), self._claimed(slot))
         for name in reversed(self._stubbed[stubbed:]):
             self._stubs.remove(name)
         del self._stubbed[stubbed:]
@@ -290,9 +294,10 @@ class Handle:
             self._hooks.discard(name, self._imported)
         self._waiting.clear()
         problems = []
+        variables = Variables()
         for slot in reversed(self._slots.values()):
             try:
-                slot.restore(self._claimed(slot))
+                slot.restore(variables, self._claimed(slot))
             except PatchError as error:
                 problems.append(str(error))
         for name in reversed(self._stubbed):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from enum import Enum
 from types import FunctionType, ModuleType
 from typing import Any
@@ -33,6 +33,12 @@ _CONSTANTS = (
 _OWN = "mindspeed"
 _DEPTH = 4
 _WIDTH = 2000
+
+Variable = tuple[ModuleType, str]
+# Text of a place, or the place that an object is part of, how such parts are labelled, and by what.
+Path = str | tuple["Path", str, object]
+Part = tuple[Any, str, object]
+Reader = Callable[[Any], Iterable[Part]]
 
 
 def can_follow(value: object) -> bool:
@@ -60,14 +66,35 @@ def modules_under(root: str) -> list[tuple[str, ModuleType]]:
     ]
 
 
-def copies(root: str, value: object) -> list[tuple[ModuleType, str]]:
-    """Every module variable under `root` that is `value`."""
-    return [
-        (module, key)
-        for _, module in modules_under(root)
-        for key, held in list(vars(module).items())
-        if held is value
-    ]
+class Variables:
+    """Module variables by the object that they hold: a package is read once for many searches.
+
+    Good for as long as nothing is imported and variables change by `assign` alone.
+    """
+
+    def __init__(self) -> None:
+        self._packages: dict[str, dict[int, list[Variable]]] = {}
+
+    def holding(self, root: str, value: object) -> list[Variable]:
+        """Every module variable under `root` that is `value`."""
+        places = self._package(root).get(id(value), ())
+        return [(module, key) for module, key in places if vars(module).get(key) is value]
+
+    def assign(self, root: str, place: Variable, value: object) -> None:
+        """Let a variable under `root` hold another object."""
+        module, key = place
+        vars(module)[key] = value
+        places = self._package(root).setdefault(id(value), [])
+        if place not in places:
+            places.append(place)
+
+    def _package(self, root: str) -> dict[int, list[Variable]]:
+        if root not in self._packages:
+            found = self._packages[root] = {}
+            for _, module in modules_under(root):
+                for key, held in list(vars(module).items()):
+                    found.setdefault(id(held), []).append((module, key))
+        return self._packages[root]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +119,10 @@ def holders_outside(root: str, wanted: Sequence[Wanted]) -> Findings:
     """Module variables of other packages; they are reported, not changed."""
     search = _Search(wanted)
     for name, module in _loaded():
-        if not _is_under(name, root) and not _is_under(name, _OWN):
+        if _is_under(name, root) or _is_under(name, _OWN):
+            continue
+        # Hardly any module holds one: most are passed over without a step of the interpreter.
+        if not search.wanted.keys().isdisjoint(map(id, list(vars(module).values()))):
             for key, held in list(vars(module).items()):
                 search.file(held, f"{name}:{key} (outside {root})")
     return search.findings
@@ -114,7 +144,7 @@ def unreachable(modules: Iterable[tuple[str, ModuleType]], wanted: Sequence[Want
         search.module = name
         for key, held in list(vars(module).items()):
             if id(held) not in search.wanted:
-                search.inside(held, f"{name}:{key}", _DEPTH)
+                search.inside(held, (name, ":{}", key), _DEPTH)
     return search.findings
 
 
@@ -124,73 +154,104 @@ class _Search:
         self.places = {item.place for item in wanted}
         self.findings: Findings = {}
         self.module = ""
+        # By id, with the type itself, so that it lives: a metaclass may define another hash.
+        self._readers: dict[int, tuple[type, Reader | None]] = {}
 
-    def file(self, held: object, place: str) -> bool:
+    def file(self, held: object, place: Path) -> bool:
         item = self.wanted.get(id(held))
         if item is not None:
-            self.findings.setdefault(item.target, []).append(place)
+            self.findings.setdefault(item.target, []).append(_text(place))
         return item is not None
 
-    def inside(self, held: Any, place: str, depth: int) -> None:
-        if depth == 0:
+    def inside(self, held: Any, place: Path, depth: int) -> None:
+        kind = type(held)
+        known = self._readers.get(id(kind))
+        if known is None:
+            known = self._readers[id(kind)] = (kind, self._reader(kind))
+        read = known[1]
+        if read is None or depth == 0:
             return
-        for part, label in _parts(held, self.module, self.places):
-            if not self.file(part, place + label):
-                self.inside(part, place + label, depth - 1)
+        for part, label, key in read(held):
+            where = (place, label, key)
+            if id(part) not in self.wanted:
+                self.inside(part, where, depth - 1)
+            else:
+                self.file(part, where)
+
+    def _reader(self, kind: type) -> Reader | None:
+        """What yields the objects that one of this type refers to; `None` if it refers to none.
+
+        Decided by the type and read with the base types' own methods: `isinstance` would ask a
+        lazy object for its `__class__`, and a subclass may compute what it holds.
+        """
+        if kind is FunctionType:
+            return self._function_parts
+        if issubclass(kind, type):
+            return self._class_parts
+        if kind in (staticmethod, classmethod):
+            return lambda held: [(held.__func__, "", None)]
+        if issubclass(kind, dict):
+            return _items
+        for base in (list, tuple, set, frozenset):
+            if issubclass(kind, base):
+                return functools.partial(_members, base)
+        if kind is functools.partial:
+            return _partial_parts
+        return _field_parts if dataclasses.is_dataclass(kind) else None
+
+    def _function_parts(self, function: FunctionType) -> Iterable[Part]:
+        return _function_parts(function) if function.__module__ == self.module else ()
+
+    def _class_parts(self, cls: type) -> Iterable[Part]:
+        return _class_parts(cls, self.places) if cls.__module__ == self.module else ()
 
 
-def _parts(held: Any, module: str, own: Set[tuple[object, str]]) -> Iterator[tuple[Any, str]]:
-    """The objects that `held` refers to, each with a label.
-
-    Decided by `type(held)` and read with the base types' own methods: `isinstance` would ask a
-    lazy object for its `__class__`, and a subclass may compute what it holds.
-    """
-    kind = type(held)
-    if kind is FunctionType:
-        if held.__module__ == module:
-            yield from _function_parts(held)
-    elif issubclass(kind, type):
-        if held.__module__ == module:
-            yield from _class_parts(held, own)
-    elif kind in (staticmethod, classmethod):
-        yield held.__func__, ""
-    elif issubclass(kind, dict):
-        yield from ((item, f"[{key!r}]") for key, item in list(dict.items(held))[:_WIDTH])
-    elif base := next((b for b in (list, tuple, set, frozenset) if issubclass(kind, b)), None):
-        items = list(base.__iter__(held))
-        yield from ((item, f"[{index}]") for index, item in enumerate(items[:_WIDTH]))
-    elif kind is functools.partial:
-        yield held.func, ".func"
-        yield from ((item, f".args[{index}]") for index, item in enumerate(held.args))
-        yield from ((item, f".keywords[{key!r}]") for key, item in held.keywords.items())
-    elif dataclasses.is_dataclass(kind):
-        yield from _field_parts(held)
+def _text(place: Path) -> str:
+    if isinstance(place, str):
+        return place
+    whole, label, key = place
+    return _text(whole) + label.format(key)
 
 
-def _field_parts(held: Any) -> Iterator[tuple[Any, str]]:
+def _items(held: dict[Any, Any]) -> Iterator[Part]:
+    return ((item, "[{!r}]", key) for key, item in list(dict.items(held))[:_WIDTH])
+
+
+def _members(base: Any, held: Any) -> Iterator[Part]:
+    items = list(base.__iter__(held))
+    return ((item, "[{}]", index) for index, item in enumerate(items[:_WIDTH]))
+
+
+def _partial_parts(held: functools.partial[Any]) -> Iterator[Part]:
+    yield held.func, ".func", None
+    yield from ((item, ".args[{}]", index) for index, item in enumerate(held.args))
+    yield from ((item, ".keywords[{!r}]", key) for key, item in held.keywords.items())
+
+
+def _field_parts(held: Any) -> Iterator[Part]:
     for field in dataclasses.fields(held):
         try:
             # Not getattr: a class may compute its fields on access.
-            yield object.__getattribute__(held, field.name), f".{field.name}"
+            yield object.__getattribute__(held, field.name), ".{}", field.name
         except AttributeError:
             continue  # Never set, or a slot that is still empty.
 
 
-def _function_parts(function: FunctionType) -> Iterator[tuple[Any, str]]:
+def _function_parts(function: FunctionType) -> Iterator[Part]:
     for index, item in enumerate(function.__defaults__ or ()):
-        yield item, f" default {index}"
+        yield item, " default {}", index
     for key, item in (function.__kwdefaults__ or {}).items():
-        yield item, f" default {key}"
+        yield item, " default {}", key
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield cell.cell_contents, f" closure {name}"
+            yield cell.cell_contents, " closure {}", name
         except ValueError:
             continue  # The cell is still empty.
 
 
-def _class_parts(cls: type, own: Set[tuple[object, str]]) -> Iterator[tuple[Any, str]]:
+def _class_parts(cls: type, own: Set[tuple[object, str]]) -> Iterator[Part]:
     for base in cls.__bases__:
-        yield base, f" base {base.__qualname__}"
+        yield base, " base {}", base.__qualname__
     for key, item in list(vars(cls).items()):
         if (cls, key) not in own:
-            yield item, f".{key}"
+            yield item, ".{}", key

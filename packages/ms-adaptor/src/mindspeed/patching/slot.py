@@ -11,6 +11,7 @@ from mindspeed.patching import references
 from mindspeed.patching.calls import Tally, can_count, counted
 from mindspeed.patching.errors import PatchError
 from mindspeed.patching.plan import Step
+from mindspeed.patching.references import Variable, Variables
 
 _MISSING = object()
 
@@ -51,7 +52,7 @@ class Slot:
         self._owner: Any = None
         self._base: Any = _MISSING
         self._installed: Any = _MISSING
-        self.copies: list[tuple[ModuleType, str]] = []
+        self.copies: list[Variable] = []
 
     @property
     def name(self) -> str:
@@ -96,21 +97,24 @@ class Slot:
         """Owner and name of the patched place."""
         return self._owner, self.name
 
-    def commit(self, others: Set[Place] = frozenset()) -> None:
+    def commit(self, variables: Variables, others: Set[Place] = frozenset()) -> None:
         """Put the composed object in place, and in place of every by-value copy.
 
         Args:
+            variables: where copies are looked for, one for all slots that are changed together.
             others: places and copies of other slots, which look after themselves.
         """
         if self.status == "prepared":
             _assign(self._owner, self.name, self._installed)
-            self.copies = self._rebind(self._base, self._installed, others | {self.place})
+            taken = others | {self.place}
+            self.copies = self._rebind(self._base, self._installed, taken, variables)
             self.status = "applied"
 
-    def restore(self, others: Set[Place] = frozenset()) -> None:
+    def restore(self, variables: Variables, others: Set[Place] = frozenset()) -> None:
         """Put the original back.
 
         Args:
+            variables: where copies are looked for, one for all slots that are changed together.
             others: places and copies of other slots, which look after themselves.
 
         Raises:
@@ -120,7 +124,7 @@ class Slot:
             self.status = "waiting"
             return
         current = vars(self._owner).get(self.name, _MISSING)
-        self._rebind(self._installed, self._base, others | {self.place})
+        self._rebind(self._installed, self._base, others | {self.place}, variables)
         self.status = "waiting"
         if current is not self._installed:
             raise PatchError(
@@ -173,18 +177,20 @@ class Slot:
             )
         return wrapped
 
-    def _rebind(self, old: Any, new: Any, others: Set[Place]) -> list[tuple[ModuleType, str]]:
+    def _rebind(
+        self, old: Any, new: Any, others: Set[Place], variables: Variables
+    ) -> list[Variable]:
         old, new = _content(old), _content(new)
         if old is _MISSING or new is _MISSING or not references.can_follow(old):
             return []
         # Elsewhere, the value of a variable may be at home: only namesakes are copies of it.
         anywhere = self._defines(old)
         places = []
-        for module, key in references.copies(self.root, old):
-            known = anywhere or key == self.name or (module, key) in self.copies
-            if known and (module, key) not in others:
-                vars(module)[key] = new
-                places.append((module, key))
+        for place in variables.holding(self.root, old):
+            known = anywhere or place[1] == self.name or place in self.copies
+            if known and place not in others:
+                variables.assign(self.root, place, new)
+                places.append(place)
         return places
 
     def _defines(self, value: Any) -> bool:
