@@ -38,6 +38,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.recompute",
     "mindspeed.features.level0.rng",
     "mindspeed.features.level0.transformer_engine",
+    "mindspeed.features.memory.conflicts",
     "mindspeed.features.memory.optim_packed",
     "mindspeed.features.memory.recompute",
     "mindspeed.features.memory.session",

@@ -23,9 +23,9 @@ def _number(flag: str, main: str) -> tuple[Rule, Rule]:
             suggestion=f"Give {main}, or leave {flag} out.",
         ),
         Rule(
-            kind="requires",
-            left=f"{name} is not None and num_layers",
-            right=f"{name} >= 0 and {name} <= num_layers",
+            kind="range",
+            left=name,
+            right=f"{name} >= 0 and (num_layers is None or {name} <= num_layers)",
             text=f"{flag} must lie in [0, --num-layers]",
         ),
     )
@@ -48,7 +48,43 @@ def _conflicts(flag: str) -> tuple[Rule, ...]:
             f"{flag} with --recompute-granularity selective: both would drop the same tensors",
             "Leave --recompute-granularity out, or name all with --recompute-modules instead.",
         ),
+        conflict(
+            "E-M17",
+            name,
+            "distribute_saved_activations",
+            f"{flag} with --distribute-saved-activations: an output that comes back whole on every"
+            " rank was not divided among them",
+            "Leave --distribute-saved-activations out; --sequence-parallel divides more.",
+        ),
     )
+
+
+_DETAILS = (
+    conflict(
+        "E-M12",
+        "recompute_activation_function",
+        "moe_shared_expert_overlap",
+        "--recompute-activation-function with --moe-shared-expert-overlap: the dispatcher runs the"
+        " parts of shared experts by itself",
+        "Leave one of them out.",
+    ),
+    conflict(
+        "E-M12",
+        "recompute_activation_function",
+        "activation_func_fp8_input_store",
+        "--recompute-activation-function with activation_func_fp8_input_store: what is kept in fp8"
+        " cannot be computed from",
+        "Leave one of them out.",
+    ),
+    conflict(
+        "E-M12",
+        _EITHER,
+        "fp8 or fp4",
+        "--recompute-norm or --recompute-activation-function with --fp8-format or --fp4-format:"
+        " linear layers keep quantised inputs, so that nothing is left to discard",
+        "Leave one of them out.",
+    ),
+)
 
 
 FEATURE = Feature(
@@ -60,6 +96,7 @@ FEATURE = Feature(
         *_number("--recompute-norm-num-layers", "--recompute-norm"),
         *_conflicts("--recompute-activation-function"),
         *_conflicts("--recompute-norm"),
+        *_DETAILS,
         Rule(
             kind="requires",
             left="enable_recompute_layers_per_pp_rank",

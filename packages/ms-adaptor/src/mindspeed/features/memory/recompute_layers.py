@@ -70,7 +70,7 @@ def _stages(block: Any) -> tuple[int, int]:
 
 def _recomputes_whole_layers(block: Any) -> bool:
     config = block.config
-    return config.recompute_granularity == "full" and config.recompute_method == "block"
+    return bool(config.recompute_granularity == "full" and config.recompute_method == "block")
 
 
 def _count_per_rank(session: Session, block: Any) -> None:
@@ -101,21 +101,30 @@ def _discard_norms(session: Session, block: Any, layers: list[Any]) -> None:
 
 
 def _discard_activations(session: Session, mlp: nn.Module) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.moe.experts import GroupedMLP, TEGroupedMLP
 
+    found = 0
     for module in mlp.modules():
         if isinstance(module, TEGroupedMLP):
             where = "--recompute-activation-function with TransformerEngine's grouped experts"
             remedy = "give --recompute-granularity selective --recompute-modules moe_act instead"
             refuse("E-M05", where, remedy)
-        elif isinstance(module, GroupedMLP):
+        if isinstance(module, GroupedMLP):
             session.claim(module, FEATURE, "experts")
             session.wrap(module, functools.partial(_grouped_forward, session, module))
         elif isinstance(module, MLP):
             session.claim(module, FEATURE)
             module.__dict__[_MARK] = weakref.ref(session)
             session.on_close(functools.partial(module.__dict__.pop, _MARK, None))
+        else:
+            continue
+        found += 1
+    if not found and not isinstance(mlp, IdentityOp):
+        where = f"activation function in {session.path(mlp)!r}, a {type(mlp).__name__}"
+        remedy = "give --transformer-impl local, or leave --recompute-activation-function out"
+        refuse("E-M22", where, remedy)
 
 
 def wrap_mlp(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,17 +138,27 @@ def wrap_mlp(original: Callable[..., Any]) -> Callable[..., Any]:
         session = None if mark is None else mark()
         if session is None or not torch.is_grad_enabled():
             return original(self, hidden_states, per_token_scale, **options)
-        x, bias = self.linear_fc1(hidden_states)
-        discard = Discard(sources=session.sources)
-        act = functools.partial(_activation, original, self)
-        out, out_bias = self.linear_fc2(discard(act, x, bias, per_token_scale))
-        discard.release(until=out)
-        if per_token_scale is None or out_bias is None:
-            return out, out_bias
-        # The bias of an expert has the weight of its token; it is not handed on.
-        return out + out_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1), None
+        return _discarding(session, original, self, hidden_states, per_token_scale)
 
     return forward
+
+
+def _discarding(
+    session: Session,
+    original: Callable[..., Any],
+    mlp: Any,
+    hidden_states: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    x, bias = mlp.linear_fc1(hidden_states)
+    discard = Discard(sources=session.sources)
+    act = functools.partial(_activation, original, mlp)
+    out, out_bias = mlp.linear_fc2(discard(act, x, bias, scale))
+    discard.release(until=out)
+    if scale is None or out_bias is None:
+        return out, out_bias
+    # The bias of an expert has the weight of its token; it is not handed on.
+    return out + out_bias.unsqueeze(0) * scale.unsqueeze(-1), None
 
 
 def _activation(

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mindspeed.features.memory.settings import NEEDS_SESSION, MemorySettings, mark
+from mindspeed.features.memory.settings import NEEDS_SESSION, MemorySettings, conflict, mark
 from mindspeed.features.ops.script import before_post_init
 from mindspeed.patching.records import Feature, Patch
 
@@ -64,6 +64,31 @@ FEATURE = Feature(
             order=9,
             reason="A session needs the modules of a whole chunk; specs build them one by one, and"
             " no callback follows the last.",
+        ),
+    ),
+    rules=(
+        conflict(
+            "E-M10",
+            NEEDS_SESSION,
+            "overlap_moe_expert_parallel_comm",
+            "a feature of ms_memory with --overlap-moe-expert-parallel-comm: its schedule runs"
+            " parts of layers outside the forward of the model",
+            "Leave one of them out.",
+        ),
+        conflict(
+            "E-M10",
+            NEEDS_SESSION,
+            "enable_cuda_graph or external_cuda_graph or cuda_graph_impl != 'none'",
+            "a feature of ms_memory with CUDA graphs: a graph keeps what it was captured with",
+            "Leave one of them out.",
+        ),
+        conflict(
+            "E-M10",
+            NEEDS_SESSION,
+            "use_legacy_models",
+            "a feature of ms_memory with --use-legacy-models: only models of megatron.core are"
+            " served",
+            "Leave --use-legacy-models out.",
         ),
     ),
     page="docs/memory/megatron.md",
