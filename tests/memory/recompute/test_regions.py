@@ -1,12 +1,14 @@
 """Whole modules computed again: bytes, gradients, who starts the second run."""
 
 import contextlib
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from ms_memory import Session
+from ms_memory import Session, device, recompute
 from ms_memory.errors import MemoryFeatureError
 from ms_memory.ledger import SavedLedger, StorageCensus
 from ms_memory.recompute import DeferredCheckpoint, activation, modules, norms, segments
@@ -158,18 +160,81 @@ class _Count(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.utils.checkpoint.CheckpointPolicy, "MUST_CPU_OFFLOAD"),
-    reason="this torch has no such policy",
-)
-def test_sac_offload_is_refused():
-    """Eager torch would compute the operator again and say nothing."""
-    offload = torch.utils.checkpoint.CheckpointPolicy.MUST_CPU_OFFLOAD
+def _offloads(ctx, op, *args, **kwargs):
+    """Products go to the host, softmax stays, the rest is computed again."""
+    if op is torch.ops.aten.mm.default:
+        return recompute.MUST_CPU_OFFLOAD
+    policies = torch.utils.checkpoint.CheckpointPolicy
+    saves = op is torch.ops.aten._softmax.default
+    return policies.MUST_SAVE if saves else policies.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("schedule", ["early", "late", 1, 2, 3])
+def test_sac_cpu_offload_is_real(schedule):
+    """The products' results lie on the host between the two runs, and are not computed again."""
+    matmul, softmax = torch.ops.aten.mm.default, torch.ops.aten._softmax.default
+    shape = replace(GATED, dropout=0.2)
+    plain = run(gpt(shape), shape)
+    model = gpt(shape)
+    with Session(model, device=device.sim(schedule=schedule)) as session:
+        modules(session, "layers.?", granularity="sac", policy=_offloads)
+        assert all_equal(run(model, shape), plain)
+        loss = model(tokens(shape)).sum()
+        # Q, K, V and the attention's output, gate, up and down of each layer, on 10 tokens.
+        numbers = shape.layers * 10 * (4 * shape.width + 2 * shape.hidden + shape.width)
+        assert session.host.ledger.nbytes == 4 * numbers
+        with _Count(matmul) as products, _Count(softmax) as softmaxes:
+            loss.backward()
+        assert products.seen == 2 * (3 * 5 + 1)
+        assert softmaxes.seen == 0
+        del loss
+        assert session.host.ledger.nbytes == 0
+
+
+def test_sac_cpu_offload_frees_the_device():
+    """Counted by a census: what went to the host is not alive here after the forward."""
+    found, host = {}, 0
+    keep = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    for name in ("offload", "keep"):
+        model = gpt(GATED)
+        products = {"offload": recompute.MUST_CPU_OFFLOAD, "keep": keep}[name]
+        answers = {torch.ops.aten.mm.default: products}
+        with Session(model, device=device.sim()) as session, StorageCensus() as census:
+            policy = partial(_answer, answers)
+            modules(session, "layers.?", granularity="sac", policy=policy)
+            out = model(tokens(GATED))
+            found[name] = census.sweep()
+            host = max(host, session.host.ledger.nbytes)
+            del out
+    assert found["keep"] - found["offload"] == host > 0
+
+
+def _answer(answers, ctx, op, *args, **kwargs):
+    return answers.get(op, torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+class Written(nn.Module):
+    """Writes to the result of its product."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return nn.functional.relu_(self.linear(x)).sin()
+
+
+def test_sac_cpu_offload_what_is_refused():
     model = gpt(PLAIN)
     with Session(model) as session:
-        modules(session, "layers.0", granularity="sac", policy=lambda *a, **k: offload)
-        with pytest.raises(ValueError, match="MUST_CPU_OFFLOAD"):
+        modules(session, "layers.0", granularity="sac", policy=_offloads)
+        with pytest.raises(RuntimeError, match="frees nothing here"):
             model(tokens(PLAIN))
+    model = nn.Sequential(Written())
+    with Session(model, device=device.sim()) as session:
+        modules(session, "0", granularity="sac", policy=_offloads)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            model(torch.ones(2, 4))
 
 
 def test_deferred():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from .discard import make_replay
 from .match import Plan, matched
+from .offload import Offloading
 from .region import Region
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def modules(
         granularity: "region" computes all again; "sac" what `policy` says.
         policy: with "sac", as for `torch.utils.checkpoint.create_selective_checkpoint_contexts`: a
             list of operators whose results are kept, or a function that returns a
-            `CheckpointPolicy`.
+            `CheckpointPolicy`; where that is `MUST_CPU_OFFLOAD`, the operator's result waits on the
+            host, and is not computed again.
         offload_inputs: let the inputs wait on the host, but those of the last module, whose
             backward follows at once; then nothing stays on the device between the two runs.
         min_bytes: inputs below stay.
@@ -53,9 +56,9 @@ def modules(
 
     Raises:
         MemoryFeatureError: E-M22, a name matches nothing; E-M10 and E-M05, see `Session.claim`.
-        RuntimeError: inputs to offload while the model is on the processor.
-        ValueError: an unknown granularity, "sac" without a policy, a policy without "sac", or in
-            the forward a policy that asks for `MUST_CPU_OFFLOAD`, which eager torch does not do.
+        RuntimeError: inputs, or in the forward results, to offload while the model is on the
+            processor; a result on its way to the host is written in place.
+        ValueError: an unknown granularity, "sac" without a policy, or a policy without "sac".
     """
     if granularity not in ("region", "sac"):
         raise ValueError(f"modules: granularity: got {granularity!r}, need 'region' or 'sac'")
@@ -64,9 +67,11 @@ def modules(
     found = matched(session.model, plan)
     for _, module in found:
         session.claim(module, FEATURE, granularity, region=True)
-    for _, module in found:
-        session.wrap(module, lambda original: _again(session, original, policy, early_stop))
     names = [name for name, _ in found]
+    offloading = Offloading(session, names) if callable(policy) else None
+    for name, module in found:
+        contexts = functools.partial(_contexts, policy, offloading, name)
+        session.wrap(module, functools.partial(_again, session, contexts, early_stop))
     if offload_inputs:
         from ..swap.modules import inside, install
 
@@ -75,41 +80,28 @@ def modules(
 
 
 def _again(
-    session: Session, original: Callable[..., Any], policy: Any, early_stop: bool
+    session: Session,
+    contexts: Callable[[], tuple[Any, Any]],
+    early_stop: bool,
+    original: Callable[..., Any],
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(*args, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         replay = make_replay(tensors, session.sources, "auto", "replay")
-        region = Region(original, replay, contexts=_contexts(policy), early_stop=early_stop)
+        region = Region(original, replay, contexts=contexts(), early_stop=early_stop)
         return region.run(*args, **kwargs)
 
     return forward
 
 
-def _contexts(policy: Any) -> tuple[Any, Any]:
+def _contexts(policy: Any, offloading: Offloading | None, name: str) -> tuple[Any, Any]:
     if policy is None:
         return contextlib.nullcontext(), contextlib.nullcontext()
-    if callable(policy):
-        policy = _without_offload(policy)
-    return torch_checkpoint.create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
-
-
-def _without_offload(policy: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse what torch would do otherwise than asked."""
-    offload = getattr(torch_checkpoint.CheckpointPolicy, "MUST_CPU_OFFLOAD", None)
-
-    def checked(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = policy(ctx, op, *args, **kwargs)
-        if offload is not None and answer is offload:
-            raise ValueError(
-                f"modules: policy: got MUST_CPU_OFFLOAD for {op}, need MUST_SAVE or a"
-                " recomputation: eager torch computes it again instead; swap the module"
-            )
-        return answer
-
-    return checked
+    if offloading is None:
+        return torch_checkpoint.create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
+    return offloading.contexts(policy, name)
 
 
 def segments(layers: int, method: Method, size: int) -> list[range]:
@@ -122,7 +114,6 @@ def segments(layers: int, method: Method, size: int) -> list[range]:
         size: layers of a run, or number of runs.
 
     Raises:
-        RuntimeError: inputs to offload while the model is on the processor.
         ValueError: an unknown method, or a number out of range.
     """
     if method == "uniform":
