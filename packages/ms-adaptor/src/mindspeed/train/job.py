@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mindspeed.features.memory import planner_report
 from mindspeed.features.profile import trace
 from mindspeed.patching.detect import device_type
 from mindspeed.train import runs
@@ -150,6 +151,8 @@ class Job:
             message = next(events, None)
             if message is None:
                 break
+            if message["kind"] == "memory":
+                self._planned(level, message)
             if message["kind"] == "step":
                 row = StepRow.of(level, message)
                 self.rows[level].append(row)
@@ -161,6 +164,14 @@ class Job:
         if told:
             for _ in group.events("idle"):
                 pass
+
+    def _planned(self, level: int, message: dict[str, Any]) -> None:
+        """Shows and saves the memory plan of a pipeline stage."""
+        self.display.note(message["text"])
+        of_level = f"-level{level}" if len(self.levels) > 1 else ""
+        name = f"{runs.MEMORY_PLAN}{of_level}-stage{message['stage']}"
+        for path in planner_report.save(message["plan"], self.plan.folder, name):
+            self.display.note(f"memory plan: {path}")
 
     def _evaluate(self, level: int) -> float:
         for message in self._ask(level, "evaluate"):

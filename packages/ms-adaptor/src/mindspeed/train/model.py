@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed.features.context import settings as context
+from mindspeed.features.memory import planner_settings as planner
 from mindspeed.features.memory import settings as memory
 from mindspeed.features.ops.alibi import mark
 from mindspeed.features.ops.attention_window import window
@@ -49,6 +50,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
     mark(core, config.plan_values())
     context.mark(core, config.plan_values())
     memory.mark(core, config.plan_values())
+    planner.mark(core, config.plan_values())
     return core
 
 

@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "losses.png"
+MEMORY_PLAN = "memory"
 _TEXT_KEY = "text_key"
 _TEXT_OPTIONS = {"data", "tokenizer", "split", "seq_length"}
 

@@ -11,6 +11,7 @@ the caller, or by the trainer for a world of one. Results are equal on all ranks
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -235,7 +236,7 @@ class Trainer:
             step_time_s=most[3],
             peak_bytes=int(most[4]),
             stop=total[2] > 0,
-            notes=self._notes(),
+            notes=(*self._notes(), *(self._memory_notes(meters) if meters else ())),
             measured=self._measured(meters) if meters else None,
         )
 
@@ -245,6 +246,23 @@ class Trainer:
         saved, tensors, sent, sends = map(int, largest)
         model, hardware = map(int, summed)
         return Measured(saved, tensors, model, hardware, sent, sends, meters.peak_at)
+
+    def memory_plan(self) -> Any:
+        """What the memory planner decided for this rank (`Planned`), None without it."""
+        found = sys.modules.get("mindspeed.features.memory.planner_schedule")
+        return None if found is None else found.planned(self.chunks)
+
+    def _memory_notes(self, meters: StepMeters) -> tuple[str, ...]:
+        """What was planned beside what a measured step took, for each pipeline stage."""
+        made = self.memory_plan()
+        if made is None:
+            return ()
+        from mindspeed.features.memory.planner_report import compared
+
+        plan = made.plan
+        peak = meters.memory.peak.nbytes + made.workspaces  # which were there before the step
+        rows = self._gather(made.stage, plan.budget, plan.peak, peak)
+        return tuple(compared(rows.tolist()))
 
     def _notes(self) -> tuple[str, ...]:
         """Lines of the hooks, every `log_interval` steps and at the last one."""

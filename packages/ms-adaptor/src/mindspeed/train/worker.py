@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import traceback
 import warnings
 from dataclasses import asdict, dataclass
@@ -79,7 +80,9 @@ def _is_for_users(error: BaseException) -> bool:
     from mindspeed.train.validate import ConfigError
 
     ours = (CheckpointError, ConfigError, LevelError, PatchError, PlanError, TextError)
-    return isinstance(error, (*ours, TokenizerError))
+    # Where nothing has imported it, nothing has raised it.
+    memory = getattr(sys.modules.get("ms_memory.errors"), "MemoryFeatureError", TokenizerError)
+    return isinstance(error, (*ours, TokenizerError, memory))
 
 
 def _serve(job: RankJob, connection: Connection) -> None:
@@ -148,7 +151,16 @@ def _run(trainer: Any, connection: Connection, rank: int, steps: int, start: int
         measure = trainer.step_count == min(start + 1, trainer.config.train_iters - 1)
         # Rank 0 sees a command that arrives meanwhile; all ranks stop after the same step.
         result = trainer.train_step(stop=rank == 0 and connection.poll(), measure=measure)
+        if trainer.step_count == start + 1:
+            _tell_plan(trainer, connection)
         if rank == 0:
             send(connection, "step", **asdict(result))
         if result.stop:
             return
+
+
+def _tell_plan(trainer: Any, connection: Connection) -> None:
+    """Sends the memory plan of a pipeline stage, from its first rank."""
+    made = trainer.memory_plan()
+    if made is not None and made.first:
+        send(connection, "memory", stage=made.stage, text=str(made), plan=made.plan.as_dict())
