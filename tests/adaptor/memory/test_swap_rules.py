@@ -26,6 +26,13 @@ REFUSED = [
         {**SWAP, "recompute_method": "block"},
         "E-M13: --swap-attention with --recompute-method block: .*Give --recompute-num-layers",
     ),
+    *(
+        (
+            {**SWAP, "recompute_granularity": "selective", "recompute_modules": [name]},
+            "E-M13: --swap-attention with --recompute-modules layernorm, mla_up_proj or moe_act",
+        )
+        for name in ("layernorm", "mla_up_proj", "moe_act")
+    ),
     ({"swap_layer_input": True}, "E-M14: --swap-layer-input without full recomputation"),
     (
         {"swap_layer_input": True, "recompute_granularity": "selective"},
@@ -62,6 +69,10 @@ def test_refused_with_its_code(values, words):
         ({**SWAP, **FOUR_OF_TWO, "recompute_num_layers": 4}, "memory.swap_activations"),
         ({**SWAP, "recompute_num_layers": 1, "recompute_method": "block"}, "memory.session"),
         ({**SWAP, "recompute_granularity": "selective"}, "memory.session"),
+        (
+            {**SWAP, "recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+            "memory.session",
+        ),
         ({**SWAP, "recompute_norm": True, "swap_depth": 0}, "memory.recompute"),
         (INPUTS, "memory.swap_layer_input"),
         ({**INPUTS, "distribute_saved_activations": True}, "memory.session"),

@@ -491,3 +491,24 @@ def test_a_table_that_all_layers_save_comes_back_once(depth):
         # The inputs of four layers and the table.
         assert len(back) == 5
         assert session.host.ledger.nbytes == 0
+
+
+class Emptied(nn.Module):
+    """Empties what a layer saved, as frameworks do that compute it again by themselves."""
+
+    def forward(self, x):
+        y = x * 1
+        z = Times.apply(x, y)
+        y.untyped_storage().resize_(0)
+        return z
+
+
+@pytest.mark.parametrize("schedule", ["early", "late"])
+def test_a_tensor_that_somebody_empties_is_refused(schedule):
+    model = build(layers=2)
+    model.layers.append(Emptied())
+    with swapped(model, schedule) as session:
+        with pytest.raises(MemoryFeatureError, match=r"E-M10: .*'layers\.2' was emptied while"):
+            model(tokens())
+        gc.collect()
+        assert session.host.ledger.nbytes == 0

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..device import Device, Event
+from ..errors import refuse
 from ..stages import Holder
 from .pool import HostPool
 
@@ -29,6 +30,7 @@ class _Item:
 
     def __init__(self, swap: Prefetcher, group: _Group, holder: Holder, flat: Tensor) -> None:
         self._device, self._pool = swap.device, swap.pool
+        self._nbytes = flat.untyped_storage().nbytes()
         self.group = group
         self._block = swap.pool.take(flat.numel() * flat.element_size())
         self._host = self._block.view(flat)
@@ -46,6 +48,10 @@ class _Item:
         holder = None if self._holder is None else self._holder()
         if self.released or holder is None:
             return
+        assert holder.tensor is not None
+        if holder.tensor.untyped_storage().nbytes() != self._nbytes:
+            where = f"a tensor of {self.group.name!r} was emptied while it was copied to the host"
+            refuse("E-M10", where, "leave out the feature that empties it, or do not swap there")
         self._out.wait()
         holder.tensor = None
         self.released = True

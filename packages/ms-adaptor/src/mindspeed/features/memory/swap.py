@@ -56,6 +56,16 @@ _CONFLICTS = (
     ),
     conflict(
         "E-M13",
+        "swap_attention and recompute_granularity == 'selective' and recompute_modules",
+        "'layernorm' in recompute_modules or 'mla_up_proj' in recompute_modules"
+        " or 'moe_act' in recompute_modules",
+        "--swap-attention with --recompute-modules layernorm, mla_up_proj or moe_act: Megatron"
+        " empties these tensors while they are copied",
+        "Leave them out of --recompute-modules; --recompute-norm and"
+        " --recompute-activation-function go with --swap-attention.",
+    ),
+    conflict(
+        "E-M13",
         "swap_attention and not recompute_num_layers",
         "recompute_method == 'block'",
         "--swap-attention with --recompute-method block: without a number of layers none is"
