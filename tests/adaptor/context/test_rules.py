@@ -19,6 +19,7 @@ HYBRID = {**FOUR, "context_parallel_algo": "hybrid_cp_algo"}
 NODES = {**HYBRID, "ulysses_degree_in_cp": 2}
 TASKS = {**FOUR, "context_parallel_algo": "adaptive_cp_algo"}
 GENERAL = {"attention_mask_type": "general", "create_attention_mask_in_dataloader": True}
+DOCUMENTS = {**FOUR, "reset_attention_mask": True, "pipeline_model_parallel_size": 2}
 ALIBI = {"position_embedding_type": "alibi"}
 HEADS = {"num_attention_heads": 12, "num_query_groups": 12}
 
@@ -70,9 +71,10 @@ REFUSED = [
     ({**TASKS, "adaptive_cp_manually_set_mask_list": True}, "each rank finds its part"),
     ({**RING, "megatron_cp_in_bnsd": True}, "the layout is chosen by the attention backend"),
     (
-        {**FOUR, "reset_attention_mask": True, "pipeline_model_parallel_size": 2},
-        "documents are found in the tokens",
+        {**FOUR, "reset_attention_mask": True, "overlap_moe_expert_parallel_comm": True},
+        "documents reach the layers through the model's forward",
     ),
+    ({**DOCUMENTS, "memory_budget": "8GB"}, "the memory planner runs a pipeline stage by itself"),
     (
         {**FOUR, **GENERAL, "pipeline_model_parallel_size": 4},
         "masks come with the batches, which",
@@ -99,6 +101,7 @@ def test_refused_with_what_would_be_legal(values, words):
         {**FOUR, **ALIBI, **GENERAL, "fill_neg_inf": True},
         {**FOUR, "context_parallel_kv_cache_policy": "half"},
         {**FOUR, "use_ulysses_allgather_kv": True, "num_query_groups": 1},
+        {**DOCUMENTS, "virtual_pipeline_model_parallel_size": 2},
         {**TASKS, **GENERAL, "adaptive_cp_dynamic_attn_mask": True, "attention_mask_on_cpu": True},
         {**TASKS, "adaptive_cp_without_coarse": True, "adaptive_cp_only_reschedule": True},
         {**FOUR, **ALIBI, "sparse_mode": 4, "pre_tokens": 9},

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from mindspeed.features.context.settings import is_local
+from mindspeed.features.memory.planner_settings import WANTED
 from mindspeed.features.ops.script import script_arguments
 from mindspeed.patching.records import Feature, Patch, Rule
 
 _HERE = "mindspeed.features.context.documents"
 _RESET = "reset_attention_mask and attention_mask_type == 'causal'"
+_STAGES = f"{_RESET} and pipeline_model_parallel_size > 1"
 
 FEATURE = Feature(
     name="context.documents",
@@ -27,10 +29,18 @@ FEATURE = Feature(
         Rule(
             kind="forbids",
             left=_RESET,
-            right="pipeline_model_parallel_size > 1",
-            text="documents are found in the tokens, which Megatron gives to the first pipeline"
-            " stage alone",
-            suggestion="Leave --reset-attention-mask or --pipeline-model-parallel-size out.",
+            right="overlap_moe_expert_parallel_comm",
+            text="documents reach the layers through the model's forward, which the schedule that"
+            " overlaps expert communication does not call",
+            suggestion="Leave --overlap-moe-expert-parallel-comm out.",
+        ),
+        Rule(
+            kind="forbids",
+            left=_STAGES,
+            right=WANTED,
+            text="the memory planner runs a pipeline stage by itself, which then does not know"
+            " where documents begin",
+            suggestion="Plan without --reset-attention-mask, or without pipeline stages.",
         ),
         Rule(
             kind="forbids",
@@ -49,6 +59,15 @@ FEATURE = Feature(
             value=f"{_HERE}:wrap_forward",
             reason="The layers see no tokens, and a script holds Megatron's functions that divide"
             " batches by name from before its arguments are known.",
+        ),
+        Patch(
+            target="megatron.core.pipeline_parallel.schedules:get_forward_backward_func",
+            kind="wrap",
+            value="mindspeed.features.context.stages:wrap",
+            when=_STAGES,
+            order=-1,
+            reason="Later stages get no tokens, and a schedule tells nobody where its pass over the"
+            " micro batches begins and ends.",
         ),
     ),
     advise=f"{_HERE}:advise",
@@ -70,7 +89,9 @@ def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         end = end_of_document(self.config)
         if end is not None and options.get("packed_seq_params") is None:
-            attention_mask = starts(input_ids, end, self.cp_group)
+            from mindspeed.features.context.stages import shared
+
+            attention_mask = shared(self, lambda: starts(input_ids, end, self.cp_group))
         return original(self, input_ids, position_ids, attention_mask, *args, **options)
 
     return forward
