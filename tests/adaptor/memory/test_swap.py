@@ -15,7 +15,7 @@ RUNS = {
     "MLPs recomputed": ({**SWAP, "recompute_num_layers": 3}, {}),
     "the first two": ({**SWAP, "recompute_num_layers": 2, "recompute_method": "block"}, {}),
     "everything": ({**SWAP, "swap_modules": "mlp,self_attention,input_norm", "swap_depth": 3}, {}),
-    "experts": ({**SWAP, "recompute_num_layers": 1}, EXPERTS),
+    "experts": ({**SWAP, "swap_modules": "mlp,self_attention", "recompute_num_layers": 1}, EXPERTS),
     "fused gradients": ({**SWAP, "recompute_norm": True}, FUSED),
     "inputs": (INPUTS, FULL),
     "inputs of groups": (INPUTS, {**FULL, "recompute_num_layers": 3, "hidden_dropout": 0.1}),
@@ -79,7 +79,8 @@ def details(rank, world_size):
     import torch
 
     from mindspeed.features.memory import weights
-    from mindspeed.features.memory.session import open_sessions
+    from mindspeed.features.memory.session import open_session, open_sessions
+    from mindspeed.features.memory.settings import MemorySettings
     from mindspeed.train.model import unwrap
     from mindspeed.train.trainer import Trainer
     from support.memory_runs import config, schedules, train
@@ -127,6 +128,21 @@ def details(rank, world_size):
     for name, fault in faults.items():
         with fault.applied():
             found[name] = schedules(SWAP, ["late", "early"])
+    refused = []
+    for options in (
+        {"swap_attention": True},
+        {"swap_attention": True, "num_layers": 1, "swap_min_bytes": 4097},
+        {**FULL, **INPUTS, "swap_min_bytes": 2049},
+    ):
+        with pytest.raises(ValueError, match="E-M22") as error:
+            train(options)
+        refused.append(str(error.value))
+    found["small"] = refused
+    with Trainer(config({})) as trainer:
+        (chunk,) = map(unwrap, trainer.chunks)
+        chunk.config.cpu_offloading = True
+        with pytest.raises(ValueError, match=r"E-M10.*cpu_offloading"):
+            open_session(chunk, MemorySettings(swap_parts=("self_attention",)))
     weights._Saved.saved_tensors = property(lambda self: self._ctx.saved_tensors)
     try:
         train({**FUSED, **SWAP}, steps=1)
@@ -154,6 +170,15 @@ def test_an_exception_in_forward_releases_the_host(found):
     assert left == 0
     assert found["no_grad"] == moved  # nothing more
     assert found["closed"] == (True, False, False)
+
+
+def test_flags_that_would_move_nothing_are_refused(found):
+    for text, (largest, bound) in zip(
+        found["small"], ((4096, 524288), (4096, 4097), (2048, 2049)), strict=True
+    ):
+        assert (
+            f"could be swapped has {largest} bytes; give a --swap-min-bytes below {bound}" in text
+        )
 
 
 def test_wrong_waits_are_caught(alone, found):

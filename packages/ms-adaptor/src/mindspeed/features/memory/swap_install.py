@@ -15,8 +15,10 @@ from mindspeed.features.memory.settings import MemorySettings
 from mindspeed.features.memory.swap_layers import first_layers, swapped_layers
 from mindspeed.features.ops.rope_function import tables_of
 from ms_memory import Session
+from ms_memory.errors import refuse
 from ms_memory.stages import Holder
 from ms_memory.swap import inside, install
+from ms_memory.swap.prefetch import Choice
 
 
 def attention(session: Session, block: Any, settings: MemorySettings) -> None:
@@ -28,9 +30,14 @@ def attention(session: Session, block: Any, settings: MemorySettings) -> None:
         session: of the chunk.
         block: a transformer block of it.
         settings: what the flags ask for.
+
+    Raises:
+        MemoryFeatureError: E-M10, another feature moves saved tensors; in the first forward E-M22,
+            all of them are smaller than `swap_min_bytes`.
     """
     if not settings.swap_parts:
         return
+    _refuse_other_owners(block)
     layers, place = _attending(block)
     names: list[str] = []
     for i in swapped_layers(settings.swap_layers, len(layers), last=block.post_process, **place):
@@ -40,13 +47,14 @@ def attention(session: Session, block: Any, settings: MemorySettings) -> None:
     for layer in recomputed_mlps(block, settings):
         _recompute_mlp(session, layer)
     if names:
-        choose = inside(names, settings.swap_min_bytes, _kept_by_others(session, block))
+        choose = inside(names, exclude=_kept_by_others(session, block))
 
         def layer_of(holder: Holder, tensor: Tensor) -> str | None:
             name = choose(holder, tensor)
             return name and name.rpartition(".")[0]
 
-        install(session, names, layer_of, depth=settings.swap_depth)
+        large = _Large(session, block, layer_of, settings.swap_min_bytes)
+        install(session, names, large, depth=settings.swap_depth)
 
 
 def inputs(session: Session, block: Any, settings: MemorySettings) -> None:
@@ -59,9 +67,13 @@ def inputs(session: Session, block: Any, settings: MemorySettings) -> None:
         session: of the chunk.
         block: a transformer block of it.
         settings: what the flags ask for.
+
+    Raises:
+        MemoryFeatureError: as `attention` does.
     """
     if not settings.swap_inputs or not len(block.layers):
         return
+    _refuse_other_owners(block)
     path, kept = session.path(block), _kept_by_others(session, block)
     session.claim(block, "swap", "inputs of recomputed layers")
     ended = _Ended()
@@ -72,11 +84,12 @@ def inputs(session: Session, block: Any, settings: MemorySettings) -> None:
     def choose(holder: Holder, tensor: Tensor) -> str | None:
         # Inside a region nothing is saved, so that what the block itself saves are the inputs.
         site = holder.site
-        if site.module != path or ended.over or holder.nbytes < settings.swap_min_bytes:
+        if site.module != path or ended.over or kept(tensor):
             return None
-        return None if kept(tensor) else f"{path} {site.index}"
+        return f"{path} {site.index}"
 
-    install(session, [path], choose, depth=settings.swap_depth)
+    large = _Large(session, block, choose, settings.swap_min_bytes)
+    install(session, [path], large, depth=settings.swap_depth)
 
 
 def recomputed_mlps(block: Any, settings: MemorySettings) -> list[Any]:
@@ -88,6 +101,50 @@ def recomputed_mlps(block: Any, settings: MemorySettings) -> list[Any]:
     """
     layers, place = _attending(block)
     return [layers[i] for i in first_layers(settings.mlp_layers, len(layers), **place)]
+
+
+def _refuse_other_owners(block: Any) -> None:
+    """Refuse Megatron's own offloading, also where a configuration came without flags."""
+    for name in ("cpu_offloading", "fine_grained_activation_offloading"):
+        if getattr(block.config, name, False):
+            refuse("E-M10", f"swapping and {name} of the configuration", "leave one of them out")
+
+
+class _Large:
+    """A choice among the tensors that are large enough, of which there must be one.
+
+    Args:
+        session: of the chunk.
+        block: in whose first forward that is checked.
+        choose: names the group of a tensor of any size.
+        min_bytes: smaller ones stay.
+    """
+
+    def __init__(self, session: Session, block: Any, choose: Choice, min_bytes: int) -> None:
+        self._choose = choose
+        self._min_bytes = min_bytes
+        self._largest: int | None = 0  # bytes; None once it has been looked at
+        self._first = block.register_forward_hook(self._check)
+        session.on_close(self._first.remove)
+
+    def __call__(self, holder: Holder, tensor: Tensor) -> str | None:
+        """Return the group of a tensor; None: it stays."""
+        small = holder.nbytes < self._min_bytes
+        if small and self._largest is None:
+            return None
+        name = self._choose(holder, tensor)
+        if name is not None and self._largest is not None:
+            self._largest = max(self._largest, holder.nbytes)
+        return None if small else name
+
+    def _check(self, module: Any, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._first.remove()
+        largest, self._largest = self._largest, None
+        if largest and largest < self._min_bytes:
+            where = f"the largest tensor that could be swapped has {largest} bytes"
+            refuse("E-M22", where, f"give a --swap-min-bytes below {self._min_bytes}")
 
 
 class _Ended:
