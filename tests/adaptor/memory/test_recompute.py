@@ -1,5 +1,8 @@
 """Recomputed activations and norms in Megatron's own modules: bytes, gradients, and every split."""
 
+import contextlib
+import io
+
 import pytest
 
 from mindspeed.train.config import TrainConfig
@@ -188,7 +191,7 @@ def latent(rank, world_size):
     from mindspeed.features.memory.settings import MemorySettings
     from ms_memory import Discard
 
-    handle = mindspeed.activate(FLAGS, level=2)
+    handle = mindspeed.activate({**FLAGS, "memory_fragmentation": True}, level=2)
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -213,6 +216,11 @@ def latent(rank, world_size):
     plain = plain_step(model)
     assert same(plain[1], found)
     saved = plain[0] - kept
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        for _ in range(2):
+            torch.optim.SGD(model.parameters()).step()
+    assert said.getvalue().count("deprecated and sets nothing: the processor's memory") == 1
     session = open_session(model, config.memory_settings)
     sources = session.sources
 

@@ -78,6 +78,7 @@ def test_refused_with_its_code(values, words):
         {**NORM, **ACT, "recompute_norm_num_layers": 0, "num_layers": 8},
         {**BLOCK, **VIRTUAL, "enable_recompute_layers_per_pp_rank": True},
         {**NORM, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {**NORM, "context_parallel_size": 2, "memory_fragmentation": True},
     ],
 )
 def test_served_at_level_2(values):
@@ -86,6 +87,11 @@ def test_served_at_level_2(values):
     patched = {step.patch.path for step in plan.acting}
     assert "GPTModel.__init__" in patched
     assert ("MLP.forward" in patched) == ("recompute_activation_function" in values)
+
+
+def test_a_planned_budget_goes_with_a_divided_sequence():
+    plan = mindspeed.plan({"memory_budget": "60%", "context_parallel_size": 2}, level=2)
+    assert {"memory.planner", "context.algorithm"} <= set(plan.features)
 
 
 def test_lower_levels_refuse_the_flags_and_level_2_is_quiet_without_them():

@@ -41,6 +41,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.memory.conflicts",
     "mindspeed.features.memory.optim_packed",
     "mindspeed.features.memory.planner",
+    "mindspeed.features.memory.pools",
     "mindspeed.features.memory.recompute",
     "mindspeed.features.memory.session",
     "mindspeed.features.memory.swap",

@@ -1,10 +1,12 @@
 """After the first optimizer step: which patched functions has nobody called?
 
-PyTorch's own global step hook tells when the step is over. It is removed when it has fired.
+PyTorch's own global step hook tells when the step is over. It stays, silent, until the plan is
+undone: PyTorch is walking through its hooks while one of them runs.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -26,9 +28,11 @@ def watch_first_step(handle: Handle) -> Callable[[], None]:
         return _nothing
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    steps = itertools.count()
+
     def after_step(*_: Any) -> None:
-        hook.remove()
-        report_never_called(handle)
+        if next(steps) == 0:
+            report_never_called(handle)
 
     hook = register_optimizer_step_post_hook(after_step)
     stop: Callable[[], None] = hook.remove

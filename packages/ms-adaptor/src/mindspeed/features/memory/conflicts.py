@@ -9,7 +9,7 @@ _BUBBLE = "recompute_in_bubble"
 _EARLY = "(recompute_in_bubble or recompute_in_advance)"
 _PLANNER = (
     "adaptive_recompute_device_swap or adaptive_recompute_device_size > 0"
-    " or adaptive_memory_optimization or smart_swap"
+    " or adaptive_memory_optimization or smart_swap or memory_budget"
 )
 
 FEATURE = Feature(

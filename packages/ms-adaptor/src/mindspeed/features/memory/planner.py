@@ -48,7 +48,7 @@ FEATURE = Feature(
             kind="wrap",
             value=f"{_HERE}:wrap_post_init",
             when=WANTED,
-            order=5,
+            order=7,
             reason="A schedule sees the configuration of its model alone, and no field of it names"
             " a budget.",
         ),
