@@ -28,7 +28,7 @@ FEATURES = {
     "attention": ({"swap_attention": True, "swap_min_bytes": 0}, {}),
     "inputs": ({"swap_layer_input": True, "swap_min_bytes": 0}, FULL),
     "packed": ({"reuse_fp32_param": True}, {"bf16": True}),
-    "optimizer": ({"swap_optimizer": True}, {"use_distributed_optimizer": True}),
+    "optimizer": ({"swap_optimizer": True}, {"bf16": True}),
     "planner": ({"memory_budget": "97%"}, {}),
 }
 SELECTIVE = ("discard", "core")
@@ -47,7 +47,7 @@ REFUSED = {
     "E-M13": {
         *itertools.product(("discard", *WHOLE, "divided", "inputs"), ("attention",)),
     },
-    "E-M15": {("optimizer", "packed")},
+    "E-M14": {("optimizer", "packed")},
 }
 # They change nothing by themselves: what others share, rules, a line that is logged.
 SHARED = {"memory.session", "memory.weights", "memory.conflicts", "memory.pools"}
