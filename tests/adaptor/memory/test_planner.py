@@ -12,7 +12,7 @@ SMALL = {
     "num_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 4,
-    "seq_length": 64,
+    "seq_length": 32,
     "vocab_size": 61,
     "make_vocab_size_divisible_by": 64,
     "micro_batch_size": 2,
@@ -26,12 +26,9 @@ SMALL = {
     "attention_dropout": 0.1,
 }
 BUDGET = {"memory_budget": "80%", "memory_actions": "recompute"}
+# Little to measure, and nothing to do.
+ROOMY = {"memory_budget": "100%", "memory_actions": "discard"}
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1}
-DATA = {
-    "use_distributed_optimizer": True,
-    "overlap_grad_reduce": True,
-    "overlap_param_gather": True,
-}
 
 
 def config(options):
@@ -74,11 +71,11 @@ MUTANTS = {
 
 def alone(rank, world_size):
     found = {"plain": trained({}), "planned": trained(BUDGET)}
-    found["experts"] = trained(EXPERTS), trained({**EXPERTS, **BUDGET})
+    found["experts"] = trained(EXPERTS), trained({**EXPERTS, **BUDGET, "memory_budget": "90%"})
     mutants = {}
     for name, mutation in MUTANTS.items():
         with mutation.applied():
-            mutants[name] = trained(BUDGET, steps=1)[0]
+            mutants[name] = trained(ROOMY, steps=1)[0]
     return found, mutants
 
 
@@ -100,3 +97,66 @@ def test_one_process():
     plain, planned = found["experts"]
     assert planned[0] == plain[0]
     assert planned[2] <= planned[1]["budget"]
+
+
+STAGES = {
+    "num_layers": 4,
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
+STAGES_BUDGET = {
+    "memory_budget": "80%",
+    "memory_actions": "recompute",
+    "memory_pins": "layers.3=recompute",
+}
+SEED_LEFT = Mutation(
+    "random states are left",
+    "mindspeed.features.memory.planner_step:as_found",
+    "[*_random_states(), *_logs()]",
+    "[*_logs()]",
+)
+
+
+def divided(rank, world_size):
+    found = {"plain": trained(STAGES), "planned": trained({**STAGES, **STAGES_BUDGET})}
+    with SEED_LEFT.applied():
+        found["mutant"] = trained({**STAGES, **ROOMY}, steps=1)[0]
+    try:
+        trained({**STAGES, **ROOMY, "memory_budget": "100000"}, steps=1)
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def test_four_processes():
+    ranks = run_ranks(divided, 4, preload="megatron")
+    plans = [rank["planned"][1] for rank in ranks]
+    # Ranks 0 and 1 are the first stage, 2 and 3 the second.
+    digests = [plan["digest"] for plan in plans]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+    for rank in ranks:
+        losses, planned = rank["plain"][0], rank["planned"]
+        assert planned[0] == losses
+        assert rank["mutant"] != losses[:1]
+        # Measured and budget of both stages, the same on every rank.
+        notes = planned[4]
+        assert [note[:18] for note in notes] == ["memory of stage 0:", "memory of stage 1:"]
+        assert not any("more than the budget" in note for note in notes), notes
+        assert rank["refused"].startswith("E-M30: the budget is too small: 100,000 bytes; the")
+        assert rank["refused"].endswith("(pipeline stage 0)")
+    decided = {d["site"]: d["option"]["name"] for d in plans[2]["decisions"]}
+    assert list(decided) == [
+        "before the layers of chunk 0",
+        "layers.1",
+        "after the layers of chunk 0",
+        "before the layers of chunk 1",
+        "layers.3",
+        "after the layers of chunk 1",
+    ]
+    assert decided["layers.3"] == "recompute"
+    assert "layers.3" not in {d["site"] for d in plans[0]["decisions"]}

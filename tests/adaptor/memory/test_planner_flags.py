@@ -1,12 +1,18 @@
 """What the planner's flags mean, what they need, and what they do not go with."""
 
+import re
+from collections import ChainMap
+
 import pytest
 
 import mindspeed
+from mindspeed.features import load_table
 from mindspeed.features.memory.planner_flight import held, in_flight
 from mindspeed.features.memory.planner_rules import check
 from mindspeed.features.memory.planner_settings import Budget, settings
+from mindspeed.patching.config import Config
 from mindspeed.patching.errors import PlanError
+from mindspeed.patching.rules import broken_rules
 
 GIB = 1 << 30
 
@@ -118,10 +124,23 @@ ROWS = {
 }
 
 
+def problems(values, device="npu"):
+    """What the planner's rules say of a configuration; `mindspeed.plan` raises it."""
+    table = load_table()
+    (feature,) = [f for f in table.features if f.name == "memory.planner"]
+    context = {"device": device, "level": 2}
+    return list(broken_rules(feature, ChainMap(context, Config(values, table.defaults))))
+
+
 @pytest.mark.parametrize("named", ROWS)
 def test_conflicts(named):
-    with pytest.raises(PlanError, match=f"E-M11: .*{named}.*: .*(Leave|Give|Keep) "):
-        mindspeed.plan(ROWS[named], 2, device="npu")
+    (problem,) = problems(ROWS[named])
+    assert re.search(f"E-M11: .*{named}.*: .*(Leave|Give|Keep) ", problem)
+
+
+def test_a_conflict_ends_the_plan():
+    with pytest.raises(PlanError, match=r"E-M11: .*--recompute-norm"):
+        mindspeed.plan(ROWS["--recompute-norm"], 2, device="npu")
 
 
 NEEDS = {
@@ -142,8 +161,8 @@ NEEDS = {
 
 @pytest.mark.parametrize("text", NEEDS)
 def test_a_flag_that_cannot_act_is_an_error(text):
-    with pytest.raises(PlanError, match=text):
-        mindspeed.plan(NEEDS[text], 2, device="cpu")
+    (problem,) = problems(NEEDS[text], "cpu")
+    assert re.search(text, problem)
 
 
 def test_level_1_has_no_planner():

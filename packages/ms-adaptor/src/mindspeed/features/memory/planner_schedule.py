@@ -202,7 +202,8 @@ def _measured(
         micro_batches,
         getattr(models[0].config, "microbatch_group_size_per_vp_stage", None),
     )
-    return Measured(profiles, names_of(models), held, static, *device_memory())
+    layers = models[0].config.num_layers
+    return Measured(profiles, names_of(models), held, static, layers, *device_memory())
 
 
 def _optimizer(chunk: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ms_memory.planner import Option, Plan, Problem, Profile, Site, joined, solv
 # what the allocator rounds up.
 RESERVE = 0.05
 EVERY = ("discard", "recompute", "swap")
+_NUMBER = re.compile(r"^layers\.\d+")
 _LAYER = re.compile(r"decoder\.layers\.\d+")
 
 
@@ -31,6 +33,7 @@ class Measured:
         names: how the planner calls a layer of one of the chunks -> its name in the whole model.
         in_flight: micro-batches of each chunk that are held at one time.
         static: bytes of weights, gradients and optimizer.
+        layers: of the whole model.
         total: bytes of the device; 0 on the processor.
         free: of these, bytes that this process has or may still take.
     """
@@ -39,6 +42,7 @@ class Measured:
     names: Mapping[str, str]
     in_flight: tuple[int, ...]
     static: int
+    layers: int
     total: int = 0
     free: int = 0
 
@@ -200,12 +204,33 @@ def _solved(settings: PlannerSettings, found: Measured, less: int) -> dict[str, 
     allowed = EVERY if settings.actions is None else settings.actions
     try:
         budget = budget_bytes(settings, found, problem) - less
-        plan = solve(problem, budget, actions=allowed, pins=dict(settings.pins))
+        pins = pins_of(settings, problem, found.layers)
+        plan = solve(problem, budget, actions=allowed, pins=pins)
     except ValueError as error:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         code = getattr(error, "code", "")
         return {"error": {"code": code, "text": str(error), "stage": stage}}
     return {"plan": json.dumps(plan.as_dict())}
+
+
+def pins_of(settings: PlannerSettings, problem: Problem, layers: int) -> dict[str, str]:
+    """Return the pins without those that are about layers of other stages.
+
+    Args:
+        settings: what was asked for.
+        problem: of this stage.
+        layers: of the whole model.
+    """
+    here = {part for site in problem.sites for o in site.options for part, _ in o.actions}
+    parts = {_NUMBER.sub("", name) for name in here}
+    anywhere = [f"layers.{n}{part}" for n in range(layers) for part in ("", *parts)]
+    here |= {site.name for site in problem.sites}
+
+    def concerns(pattern: str) -> bool:
+        mine = any(fnmatchcase(name, pattern) for name in here)
+        return mine or not any(fnmatchcase(name, pattern) for name in anywhere)
+
+    return {pattern: action for pattern, action in settings.pins if concerns(pattern)}
 
 
 def raise_together(error: StageError | None) -> None:
