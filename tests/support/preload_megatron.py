@@ -13,6 +13,9 @@ import megatron.core.pipeline_parallel  # noqa: E402
 import megatron.core.tensor_parallel  # noqa: E402,F401
 
 # What a training rank would import otherwise.
+import mindspeed.patching.apply  # noqa: E402
+import mindspeed.train.initial  # noqa: E402
+import mindspeed.train.optim  # noqa: E402
 import mindspeed.train.trainer  # noqa: E402
 
 # Reads and parses Megatron's sources once, for all ranks.

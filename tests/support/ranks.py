@@ -43,11 +43,16 @@ PRELOADS: Mapping[str, tuple[str, ...]] = {
         "torch",
         "torch._dynamo",
         "torch.distributed",
-        "numpy",
-        "pytest",
+        "support.preload_libraries",
         "support.rank_child",
     ),
-    "megatron": ("torch", "torch.distributed", "support.preload_megatron", "support.rank_child"),
+    "megatron": (
+        "torch",
+        "torch.distributed",
+        "support.preload_megatron",
+        "support.preload_libraries",
+        "support.rank_child",
+    ),
 }
 # torch.compile costs each rank 1 to 3 s of work, and is what few tests of Megatron are about.
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
