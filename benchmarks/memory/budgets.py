@@ -20,8 +20,10 @@ import meter
 import peers
 import torch
 from gpt import Size, Step
+from virtual import Computing
 
 from ms_memory import MemoryFeatureError, Session, planner
+from ms_memory.device import VirtualClock
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 FRACTIONS = tuple(i / 10 for i in range(9, 0, -1))
@@ -163,23 +165,39 @@ def summary(plan):
     return ", ".join(f"{name} {n}" for name, n in counts.items() if name != "keep") or "keep all"
 
 
+def problems(bench, clock):
+    """What the planner solves: with times as measured, and with times that are only counted."""
+    model, virtual = bench.step.model, VirtualClock(1, 1)
+    computing = Computing(virtual, bench.size.hidden)
+
+    def counted():
+        with computing:
+            return bench.step()
+
+    return {
+        "planner": planner.profile(model, bench.step, steps=4, clock=clock).problem(),
+        "planner, times counted": planner.profile(
+            model, counted, steps=1, clock=lambda: virtual.now
+        ).problem(),
+    }
+
+
 def at_budgets(bench, clock):
     """Choose every contender's setting at every budget."""
     start = time.process_time()
-    problem = planner.profile(bench.step.model, bench.step, clock=clock).problem()
-    seconds = round(time.process_time() - start, 1)
-    print(f"profile: {seconds} s", flush=True)
+    found = problems(bench, clock)
+    print(f"profiles: {time.process_time() - start:.0f} s", flush=True)
     least = bench.measure(bench.families["Megatron full, uniform"][0][0])
     bench.check(bench.measure(bench.compiled))
     rows, span = [], bench.plain.nbytes - least.nbytes
     for share in SHARES:
         budget = least.nbytes + round(span * share)
-        chosen = {"planner": planned(bench, problem, bench.step.nbytes + budget)}
+        chosen = {n: planned(bench, p, bench.step.nbytes + budget) for n, p in found.items()}
         for name, chains in bench.families.items():
             chosen[name] = bench.fitting(chains, budget)
         rows.append((share, budget, chosen))
         print(share, budget, {n: s and s.name for n, s in chosen.items()}, flush=True)
-    return rows, seconds
+    return rows
 
 
 def timed(bench, rows, rounds):
@@ -190,6 +208,8 @@ def timed(bench, rows, rounds):
             settings[id(setting)] = setting
     runs = {key: partial(bench.run, setting) for key, setting in settings.items()}
     times = meter.turns(runs, rounds)
+    if not rounds:
+        return dict.fromkeys(times), []
     return meter.ratios(times, id(bench.plain)), times[id(bench.plain)]
 
 
@@ -207,16 +227,15 @@ def entry(bench, setting, ratios):
     }
 
 
-def result(bench, rows, seconds, ratios, times):
+def result(bench, rows, ratios, times):
     compiled = bench.compiled
     size = {**asdict(bench.size), "parameters": bench.step.nbytes // 4}
     return {
         "model": size,
-        "profile_seconds": seconds,
         "unplanned": {
             "bytes": bench.plain.nbytes,
             "flops": bench.plain.flops,
-            "median_ms": round(statistics.median(times) * 1e3, 1),
+            "median_ms": round(statistics.median(times) * 1e3, 1) if times else None,
             "compiled_bytes": compiled.nbytes,
             "compiled_time": ratios[id(compiled)],
         },
@@ -233,7 +252,7 @@ def result(bench, rows, seconds, ratios, times):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0: no times")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a small model, without inductor")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -245,9 +264,9 @@ def main():
     environment = meter.environment()
     bench = Bench(*((TINY, "eager") if options.tiny else (Size(), "inductor")))
     clock = time.process_time_ns if options.threads == 1 else time.perf_counter_ns
-    rows, seconds = at_budgets(bench, clock)
+    rows = at_budgets(bench, clock)
     ratios, times = timed(bench, rows, options.rounds)
-    found = result(bench, rows, seconds, ratios, times)
+    found = result(bench, rows, ratios, times)
     print(json.dumps(found, indent=1))
     if not options.no_write:
         content = {"environment": environment, "rounds": options.rounds, **found}

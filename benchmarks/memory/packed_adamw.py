@@ -3,21 +3,18 @@
     python -m benchmarks memory/packed_adamw --threads 1
 
 The trajectories are compared bit for bit before anything is timed. Every round runs every contender
-once, in turn; the ratio is the median over rounds.
+once, in turn; the ratio is the median over rounds. Bytes are the state beside weights and
+gradients, and what the allocator gave beyond it during a step.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from pathlib import Path
 
+import meter
 import torch
 
 from ms_memory import PackedAdamW
 
-HERE = Path(__file__).parent
 SIZES = ((1 << 22,), (1 << 18,) * 8, (4096,) * 64)
 
 
@@ -60,26 +57,17 @@ def contenders(sizes, block):
 
 
 def measure(sizes, block, rounds):
-    made = contenders(sizes, block)
-    times = {name: [] for name in made}
-    for _ in range(rounds + 1):
-        for name, (optimizer, _) in made.items():
-            start = time.process_time()
-            optimizer.step()
-            times[name].append(time.process_time() - start)
+    made, count = contenders(sizes, block), sum(sizes)
+    steps = {name: optimizer.step for name, (optimizer, _) in made.items()}
+    meter.turns(steps, 2)
     exact = zip(made["packed rne"][1], made["master"][1], strict=True)
     assert all(torch.equal(a, b) for a, b in exact), "the trajectories differ"
-    count = sum(sizes)
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(t[1:], times["master"][1:], strict=True))
-        for name, t in times.items()
-    }
+    held = {name: optimizer.nbytes() / count for name, (optimizer, _) in made.items()}
     return {
         "tensors": f"{len(sizes)} x {sizes[0]}",
-        "time_over_master": {name: round(value, 2) for name, value in ratio.items()},
-        "bytes_a_parameter_beside_weights": {
-            name: round(optimizer.nbytes() / count, 3) for name, (optimizer, _) in made.items()
-        },
+        "time_over_master": meter.ratios(meter.turns(steps, rounds), "master"),
+        "bytes_a_parameter_beside_weights": {n: round(v, 3) for n, v in held.items()},
+        "more_bytes_in_a_step": {name: meter.peak_bytes(step) for name, step in steps.items()},
     }
 
 
@@ -90,21 +78,14 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
+    meter.keep_memory()
     torch.set_num_threads(options.threads)
-    rows = []
+    environment, rows = {**meter.environment(), "block": options.block}, []
     for sizes in SIZES:
         rows.append(measure(sizes, options.block, options.rounds))
         print(json.dumps(rows[-1]), flush=True)
-    environment = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": options.threads,
-        "block": options.block,
-        "clock": "process_time",
-    }
     if not options.no_write:
-        text = json.dumps({"environment": environment, "rows": rows}, indent=1)
-        (HERE / "results" / "packed_adamw.json").write_text(text + "\n")
+        meter.write("packed_adamw", {"environment": environment, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -38,21 +38,27 @@ def budgets(found):
             body.append([name, *(cell(e) if e else "-" for e in entries)])
         return rows([heads(first, given), *body])
 
-    size, env = found["model"], found["environment"]
+    size = found["model"]
     intro = (
         f"{size['parameters'] / 1e6:.1f} million parameters, {size['layers']} layers,"
-        f" {size['sequence'] * size['batch']} tokens, fp32, {env['threads']} thread on"
-        f" {env['processor']}. Unplanned: {plain['median_ms']:.0f} ms, {mib(plain['bytes'])} MiB;"
-        f" compiled without a budget: {plain['compiled_time']:.2f} of that time,"
-        f" {mib(plain['compiled_bytes'])} MiB. Median of {found['rounds']} rounds."
+        f" {size['sequence'] * size['batch']} tokens, fp32; unplanned {mib(plain['bytes'])} MiB,"
+        f" compiled without a budget {mib(plain['compiled_bytes'])} MiB."
     )
+    if found["rounds"]:
+        env = found["environment"]
+        intro += (
+            f" {env['threads']} thread on {env['processor']}; the unplanned step takes"
+            f" {plain['median_ms']:.0f} ms, compiled {plain['compiled_time']:.2f} of that; medians"
+            f" of {found['rounds']} rounds."
+        )
     times = table("time by that of the unplanned step (MiB measured)", _time)
     added = table("FLOPs added", lambda e: percent(e["flops_added"], plain["flops"]))
     return f"{intro}\n\n{times}\n\n{added}"
 
 
 def _time(entry):
-    return f"{entry['time']:.2f} ({mib(entry['bytes'])})"
+    time = "" if entry["time"] is None else f"{entry['time']:.2f} "
+    return f"{time}({mib(entry['bytes'])})"
 
 
 def virtual(found):
@@ -102,17 +108,19 @@ def solver(found):
 
 
 def optimizer(found):
-    names = [n for n in found["rows"][0]["time_over_master"] if n != "master"]
+    names = list(found["rows"][0]["time_over_master"])
     body = [
         [
             row["tensors"],
-            *(f"{row['time_over_master'][n]:.2f}" for n in names),
-            *(f"{row['bytes_a_parameter_beside_weights'][n]:.1f}" for n in (names[0], "master")),
+            *(f"{row['time_over_master'][n]:.2f}" for n in names if n != "master"),
+            *(f"{row['bytes_a_parameter_beside_weights'][n]:.1f}" for n in names[1:]),
+            *(mib(row["more_bytes_in_a_step"][n]) for n in names[1:]),
         ]
         for row in found["rows"]
     ]
-    head = ["tensors x elements", *(f"step, {n}, by master" for n in names)]
-    return rows([[*head, "bytes a parameter, packed", "master"], *body])
+    head = ["tensors x elements", "time, RNA", "time, RNE", "state, packed", "state, masters"]
+    head += ["MiB in a step, packed", "MiB in a step, masters"]
+    return rows([head, *body])
 
 
 # Block of the page -> result and what writes it.
