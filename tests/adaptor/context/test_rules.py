@@ -74,6 +74,7 @@ REFUSED = [
         {**FOUR, "reset_attention_mask": True, "overlap_moe_expert_parallel_comm": True},
         "documents reach the layers through the model's forward",
     ),
+    ({**FOUR, "reset_attention_mask": True, "sft": True}, "batches that come packed"),
     ({**DOCUMENTS, "memory_budget": "8GB"}, "the memory planner runs a pipeline stage by itself"),
     (
         {**FOUR, **GENERAL, "pipeline_model_parallel_size": 4},
@@ -187,6 +188,7 @@ def test_whose_documents_are_told_apart(monkeypatch):
         (adaptive.advise, TASKS, "megatron_cp_algo sends less"),
         (adaptive.advise, {**TASKS, **GENERAL}, "at full resolution"),
         (documents.advise, FOUR, "where documents begin"),
+        (documents.advise, DOCUMENTS, "later ones wait for its host"),
         (documents.advise, {**FOUR, **GENERAL}, "slow, and large"),
     ],
 )

@@ -36,6 +36,13 @@ FEATURE = Feature(
         ),
         Rule(
             kind="forbids",
+            left=_RESET,
+            right="sft or hybrid_context_parallel",
+            text="batches that come packed say where their sequences begin, and that counts",
+            suggestion="Leave --reset-attention-mask out.",
+        ),
+        Rule(
+            kind="forbids",
             left=_STAGES,
             right=WANTED,
             text="the memory planner runs a pipeline stage by itself, which then does not know"
@@ -146,4 +153,7 @@ def advise(config: Any) -> str:
     """
     if getattr(config, "attention_mask_type", "causal") == "general":
         return "a mask of all pairs of tokens is read on the host for each batch: slow, and large"
-    return "where documents begin is all that is kept of the mask; plans send what they need"
+    told = "where documents begin is all that is kept of the mask; plans send what they need"
+    if getattr(config, "pipeline_model_parallel_size", 1) > 1:
+        told += "; the first pipeline stage finds them, and later ones wait for its host"
+    return told
