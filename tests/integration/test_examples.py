@@ -14,18 +14,27 @@ from .workspace import ROOT, run_python
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LIMIT = 40
 
-# One interpreter for all of them: the import of transformers is most of the time.
+# One interpreter for all of them: the import of transformers is most of the time. Each runs a
+# second time with an operator that is wrong, the last one with a budget that is twice as large.
 RUN = """
 import runpy, sys
 import ms_ops
-right = ms_ops.swiglu
+from ms_memory import planner
+right, plan = ms_ops.swiglu, planner.plan
+*operators, memory = sys.argv[1:]
 for factor in (1.0, 1.01):
     ms_ops.swiglu = lambda x: right(x) * factor
-    for path in sys.argv[1:]:
+    for path in operators:
         try:
             runpy.run_path(path, run_name="__main__")
         except AssertionError as error:
             print("noticed" if "not close" in str(error) else error)
+for factor in (1, 2):
+    planner.plan = lambda model, step, budget: plan(model, step, factor * budget)
+    try:
+        runpy.run_path(memory, run_name="__main__")
+    except AssertionError as error:
+        print("noticed" if "bytes are used" in str(error) else error)
 """
 
 
@@ -44,9 +53,12 @@ def test_short(path):
 
 
 def test_one_process():
-    paths = [str(ROOT / "examples" / name) for name in ("hf_llama.py", "hf_mixtral.py")]
-    told = run_python(RUN, *paths).splitlines()
-    assert told == ["logits are equal"] * 2 + ["noticed"] * 2
+    names = ("hf_llama.py", "hf_mixtral.py", "memory_llama.py")
+    told = run_python(RUN, *(str(ROOT / "examples" / name) for name in names)).splitlines()
+    assert told[:4] == ["logits are equal"] * 2 + ["noticed"] * 2
+    assert told[4] == "without a plan: 3.78 MiB, 2.50 MiB are allowed"
+    assert told.count("within the budget, gradients are equal") == 1
+    assert told[-1] == "noticed"
 
 
 def free_ports(count):
