@@ -35,12 +35,16 @@ MOE = {
     "moe_aux_loss_coeff": 0.1,
 }
 ROWS = W * S * B * LAYERS
-# Name -> (options, bytes of the activation outputs, statistics a token of a norm).
+EXPERTS = 2 * 24 + 40
+GROUPED = {**MOE, "moe_grouped_gemm": True, "bf16": True}
+# Name -> (options, bytes of the activation outputs, of the norms' outputs and statistics).
 KINDS = {
-    "gelu": ({}, ROWS * F, 2),
-    "fused gelu": ({"bias_activation_fusion": True}, ROWS * F, 2),
-    "swiglu": (GATED, ROWS * F, 1),
-    "experts": (MOE, ROWS * (2 * 24 + 40), 1),
+    "gelu": ({}, ROWS * F, 2 * ROWS * (H + 2)),
+    "fused gelu": ({"bias_activation_fusion": True}, ROWS * F, 2 * ROWS * (H + 2)),
+    "swiglu": (GATED, ROWS * F, 2 * ROWS * (H + 1)),
+    "experts": (MOE, ROWS * EXPERTS, 2 * ROWS * (H + 1)),
+    # In bf16, but the statistics.
+    "grouped experts": (GROUPED, ROWS // 2 * EXPERTS, 2 * ROWS * (H // 2 + 1)),
 }
 
 
@@ -168,8 +172,7 @@ def in_eval(model):
 
 def test_bytes_and_gradients_of_every_kind():
     (found,) = run_ranks(kinds, 1, preload="megatron")
-    for name, (_, activations, statistics) in KINDS.items():
-        norms = 2 * ROWS * (H + statistics)
+    for name, (_, activations, norms) in KINDS.items():
         assert found[name] == [activations, norms, activations + norms], name
     # silu(gate) and the product; what Megatron adds to the other half is a tensor too, where it
     # adds.
@@ -311,7 +314,8 @@ SPLITS = {
     ),
     "experts": (
         {
-            **MOE,
+            **GROUPED,
+            "gemm_gradient_accumulation_fusion": True,
             "expert_model_parallel_size": 2,
             "context_parallel_size": 2,
             "attention_dropout": 0.0,

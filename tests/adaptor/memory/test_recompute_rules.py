@@ -38,6 +38,11 @@ REFUSED = [
     ({**NORM, "fp8": "hybrid"}, "E-M12: .* with --fp8-format"),
     ({**ACT, **DIVIDED}, "E-M17: --recompute-activation-function with --distribute-saved"),
     ({**NORM, **DIVIDED}, "E-M17: --recompute-norm with --distribute-saved-activations"),
+    ({**NORM, "cpu_offloading": True}, "E-M18: --recompute-norm with Megatron's activation off"),
+    (
+        {**ACT, "fine_grained_activation_offloading": True},
+        "E-M18: --recompute-activation-function with Megatron's activation offloading",
+    ),
     ({**DIVIDED, "sequence_parallel": True}, "E-M17: .* with --sequence-parallel"),
     ({**DIVIDED, **BUBBLE}, "E-M17: --distribute-saved-activations with --recompute-in-bubble"),
     ({"recompute_in_bubble": True}, "E-M19: .* with one pipeline stage, or without virtual"),

@@ -56,6 +56,14 @@ def _conflicts(flag: str) -> tuple[Rule, ...]:
             " rank was not divided among them",
             "Leave --distribute-saved-activations out; --sequence-parallel divides more.",
         ),
+        conflict(
+            "E-M18",
+            name,
+            "cpu_offloading or fine_grained_activation_offloading",
+            f"{flag} with Megatron's activation offloading: under the hooks of that nothing else"
+            " can be freed",
+            "Leave one of them out; --swap-attention goes with recomputation.",
+        ),
     )
 
 
