@@ -171,7 +171,10 @@ NEEDS_OTHERS = (
     "mindspeed.ops.",
     *(f"mindspeed.features.ops.{name}" for name in GLUE),
     *(f"mindspeed.features.context.{n}" for n in ("attention_module", "masks", "provider")),
-    *(f"mindspeed.features.memory.optim_{n}" for n in ("builder", "held", "megatron")),
+    *(
+        f"mindspeed.features.memory.optim_{n}"
+        for n in ("builder", "held", "held_streamed", "megatron")
+    ),
     *(
         f"mindspeed.features.memory.{n}"
         for n in ("recompute_layers", "swap_install", "swap_layers")

@@ -40,6 +40,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.level0.transformer_engine",
     "mindspeed.features.memory.conflicts",
     "mindspeed.features.memory.optim_packed",
+    "mindspeed.features.memory.optim_streamed",
     "mindspeed.features.memory.planner",
     "mindspeed.features.memory.pools",
     "mindspeed.features.memory.recompute",

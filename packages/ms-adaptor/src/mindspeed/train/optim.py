@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mindspeed.features.memory.optim_streamed import TIMES
 from mindspeed.features.ops.optimizer import EMA_DECAY
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.model import Chunk, compute_dtype
@@ -35,8 +36,9 @@ def build_optimizer(config: TrainConfig, chunks: list[Chunk]) -> Any:
         loss_scale_window=precision.loss_scale_window,
         hysteresis=precision.hysteresis,
     )
-    # No field of Megatron's; the optimizer with averages reads it.
+    # No fields of Megatron's; the optimizers with averages and with states on the host read them.
     options.ema_decay = config.plan_values().get("ema_decay", EMA_DECAY)
+    options.swap_optimizer_times = config.plan_values().get("swap_optimizer_times", TIMES)
     return get_megatron_optimizer(options, chunks)
 
 

@@ -250,6 +250,8 @@ class Sim:
     def pinned(self, nbytes: int) -> Tensor:
         """Return poisoned host memory, uint8 [nbytes]."""
         self._pinned += nbytes
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
         # Made by no operator: a census of the device's storages does not see the host's.
         out = torch.frombuffer(bytearray(nbytes), dtype=torch.uint8)
         poison(out)

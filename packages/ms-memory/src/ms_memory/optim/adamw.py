@@ -107,7 +107,9 @@ class PackedAdamW(torch.optim.Optimizer):
         The masters of all parameters are there, also of those without a step, in fp32; with
         `masters_apart` none is.
         """
-        groups, state, number = [], {}, 0
+        groups, number = [], 0
+        # What belongs to no parameter keeps its key, as in torch's own.
+        state: dict[Any, Any] = {k: v for k, v in self.state.items() if not isinstance(k, Tensor)}
         for group, packed in zip(self.param_groups, self.packed, strict=True):
             indices = range(number, number + len(group["params"]))
             number += len(indices)

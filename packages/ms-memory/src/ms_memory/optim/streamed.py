@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..device import Device, Event, device_of
+from ..device import Device, Event, device_of, resolve
+from ..errors import refuse
+from .adamw import PackedAdamW
 from .bins import bins, peak
 from .store import MASTER, Store, check_masters, nbytes_of
 
@@ -45,7 +47,8 @@ class Streamed(torch.optim.Optimizer):
         device: None: that of the first parameter.
 
     Raises:
-        MemoryFeatureError: E-M32, in a step, more than `host_bytes`.
+        MemoryFeatureError: E-M10, the inner optimizer packs masters; E-M32, in a step, more than
+            `host_bytes`.
         TypeError: the inner optimizer updates parameters together (LBFGS), or, in a step, a state
             is a tensor of another class, such as a DTensor.
         ValueError: fewer than one group, or masters inside a larger storage.
@@ -67,6 +70,9 @@ class Streamed(torch.optim.Optimizer):
             raise ValueError(f"Streamed: groups: got {groups}, need 1 or more")
         if isinstance(inner, torch.optim.LBFGS):
             raise TypeError("Streamed: inner: got LBFGS, need one that updates each parameter")
+        if isinstance(inner, PackedAdamW):
+            # It steps over runs of neighbouring parameters, and its masters are parts of weights.
+            refuse("E-M10", "Streamed around PackedAdamW", "use one of them")
         self.inner = inner
         self.groups = groups
         self.double_buffer = double_buffer
@@ -75,7 +81,7 @@ class Streamed(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self._share()
         params = self._params()
-        where = device_of(params[0].device) if device is None else device
+        where = device or (device_of(params[0].device) if params else resolve("auto"))
         where.d2h  # noqa: B018  refuses where there is no other place
         moved = None if keys is None else frozenset(keys)
         self._store = Store(where, moved, masters is not None, host_bytes)
@@ -139,6 +145,11 @@ class Streamed(torch.optim.Optimizer):
         """Return the masters, in the order of the parameters, without a copy to the device."""
         self.sync()
         return [self._store.host(p, MASTER, p) for p in self._params()]
+
+    def master_on_host(self, p: Tensor) -> Tensor:
+        """Return the masters of one parameter, without a copy to the device."""
+        self.sync()
+        return self._store.host(p, MASTER, p)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ FEATURE = Feature(
             kind="wrap",
             value=f"{_HERE}:wrap_state_dict",
             probe=_TORCH_ADAM,
-            reason="It asserts that a step was taken; loading asks for the state before one.",
+            reason="It asserts that a step was taken; loading asks for the state before one, and a"
+            " rank that holds none of the parameters never takes one.",
         ),
         Patch(
             target=f"{_CLASS}._set_main_param_and_optimizer_states",
@@ -69,7 +70,17 @@ def wrap_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def state_dict(self: Any) -> Any:
         create_state(self.optimizer)
-        return original(self)
+        state = self.optimizer.state
+        if state:
+            return original(self)
+        import torch
+
+        # Nobody saves this one: the first rank of a group has parameters.
+        state["no parameter"] = {"step": torch.zeros(())}
+        try:
+            return original(self)
+        finally:
+            del state["no parameter"]
 
     return state_dict
 

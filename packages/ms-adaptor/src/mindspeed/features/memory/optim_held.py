@@ -85,13 +85,15 @@ class HeldPackedAdamW(PackedAdamW):
 
         Args:
             p: the parameter.
-            name: its name, "master_param" for masters in fp32.
+            name: its name, "master_param" for masters in fp32. What is no state of it is left out:
+                one format brings its own notes along.
             value: of the parameter's shape, or a step.
         """
+        state = self._state(p)
         if name == MASTER:
             self.set_master(p, value)
-        else:
-            self._state(p)[name].copy_(value)
+        elif name in state:
+            state[name].copy_(value)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         state = super()._state(p)

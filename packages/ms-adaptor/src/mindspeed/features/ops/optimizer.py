@@ -67,16 +67,16 @@ FEATURE = Feature(
             kind="forbids",
             left=_EMA,
             right="reuse_fp32_param",
-            text="--optimizer-selection fused_ema_adamw and --reuse-fp32-param: averages need fp32"
-            " weights that exist at every time",
+            text="E-M15: --reuse-fp32-param with --optimizer-selection fused_ema_adamw: averages"
+            " need fp32 weights that exist at every time",
             suggestion="Leave one of them out.",
         ),
         Rule(
             kind="forbids",
             left=_EMA,
             right="swap_optimizer",
-            text="--optimizer-selection fused_ema_adamw and --swap-optimizer: the slices that are"
-            " swapped hold no averages",
+            text="E-M14: --swap-optimizer with --optimizer-selection fused_ema_adamw: the slices"
+            " that are swapped hold no averages",
             suggestion="Leave one of them out.",
         ),
     ),
