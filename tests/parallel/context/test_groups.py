@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ms_ops.attention import attention
 from ms_parallel.context import (
     AttnMask,
     ContextAttention,
@@ -19,6 +20,7 @@ from ms_parallel.context import (
 from ms_parallel.context.build import divisors, plan_attention
 from ms_parallel.context.trace import Ledger, check_trace
 from support.context import Case, check_ledgers, error, make_plan, random_options
+from support.mutation import Mutation
 from support.plans import random_arguments
 from support.ranks import run_ranks
 
@@ -37,6 +39,9 @@ def seeds_of_sizes():
 
 
 SEEDS = seeds_of_sizes()
+NO_LSE = Mutation(
+    "no gradient", "ms_parallel.context.kernels:with_lse_gradient", "dlse is None", "True"
+)
 
 
 def attend(case, topology):
@@ -144,6 +149,39 @@ def refusals(group, rank):
     }
 
 
+def gradients(case, topology, weight, sink):
+    """Return gradients of a rank's shards from output and log-sum-exp, and the whole sink's."""
+    layout, rank = case.plan.layout, topology.rank
+    shards = case.shards(rank)
+    parts = context_attention(*shards, case.plan, topology, sink=sink, return_lse=True)
+    douts = (layout.shard(case.dout, rank, 1), layout.shard(weight, rank, 2))
+    *grads, dsink = torch.autograd.grad(parts, [*shards, sink], douts)
+    dist.all_reduce(dsink)
+    return [*grads, dsink]
+
+
+def lse_gradients(group, rank):
+    """Errors of gradients through the log-sum-exp: right ones, and without it."""
+    layout, tail = SeqLayout.contiguous(18, 4), torch.arange(18).unsqueeze(1) >= 14
+    mask = AttnMask.from_matrix(tail | torch.eye(18, dtype=torch.bool))
+    weight = torch.randn(1, 4, 18, generator=torch.Generator().manual_seed(2)).double()
+    sink = torch.linspace(-1, 1, 4).double().requires_grad_()
+    exchange = make_plan(layout, mask, algorithm="usp", ulysses=2)
+    helper = make_plan(layout, mask, algorithm="tasks")
+    assert any(t.buffers[0].what == "qo" for t in helper.backward.transfers)
+    right, wrong = [], []
+    for plan in (exchange, helper):
+        case, topology = Case(plan), CPTopology(group, plan.ulysses)
+        leaves = [t.clone().requires_grad_() for t in (case.q, case.k, case.v)]
+        whole = attention(*leaves, mask=mask.matrix(18), sink=sink, return_lse=True)
+        *wanted, dsink = torch.autograd.grad(whole, [*leaves, sink], (case.dout, weight))
+        wanted = [*(layout.shard(t, rank, 1) for t in wanted), dsink]
+        right.append(error(gradients(case, topology, weight, sink), wanted))
+        with NO_LSE.applied():
+            wrong.append(error(gradients(case, topology, weight, sink), wanted))
+    return right, wrong
+
+
 def modules(group, rank):
     """A module with everything fixed; the log-sum-exp; a repeated forward."""
     layout = SeqLayout.zigzag(18, 4)
@@ -182,7 +220,8 @@ def sizes(rank, world):
 
 def single(rank, world):
     """Run what one size is enough for."""
-    return {"refusals": refusals(None, rank), "modules": modules(None, rank)}
+    found = {"refusals": refusals(None, rank), "modules": modules(None, rank)}
+    return found | {"lse": lse_gradients(None, rank)}
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +276,10 @@ def test_modules_statistics_and_replay(four):
         assert found["modules"]["lse"] < 1e-10
         assert found["modules"]["evaluated"]
         assert found["modules"]["replayed"]
+
+
+def test_gradient_of_the_log_sum_exp(four):
+    for found in four:
+        right, wrong = found["lse"]
+        assert max(right) < 1e-10
+        assert min(wrong) > 1e-3

@@ -103,12 +103,13 @@ def context_attention(
         sink: [H], the score of a key without a value that every query also sees. Its gradient is
             this process's part, as that of any replicated weight.
         layout: "bshd", "sbhd" or "thd".
-        return_lse: return the log-sum-exp of the scores too: one exchange more in nodes of
-            several places.
+        return_lse: return the log-sum-exp of the scores too, which has a gradient. In nodes of
+            several places that is one exchange more, and two channels more of the output's
+            gradient in backward, used or not.
 
     Returns:
         out like q with Dv channels, contiguous. With `return_lse` (out, lse): lse fp32 (fp64 for
-        fp64) [B, H, s] or [s, H], without gradient. Kept for backward: queries and output at the
+        fp64) [B, H, s] or [s, H]. Kept for backward: queries and output at the
         node, the log-sum-exp, and the keys and values that the plan says.
 
     Raises:

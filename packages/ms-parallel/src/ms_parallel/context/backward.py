@@ -249,7 +249,8 @@ def _sink_gradient(run: Backward, sink: Tensor) -> Tensor:
     own = (job.node, 0, job.rows)
     do, o, lse = (run.store.over(part, *own)[0].rows for part in ("do", "o", "lse"))
     sums = job.shapes.sums
-    delta = (do.to(sums) * o.to(sums)).sum(-1)
+    do, channels = do.to(sums), o.shape[-1]
+    delta = (do[..., :channels] * o.to(sums)).sum(-1) + do[..., channels:].sum(-1)
     weight = torch.exp(sink[first:last].to(sums) - lse)
     grad = torch.zeros_like(sink)
     grad[first:last] = -(weight * delta).sum((0, 1)).to(sink.dtype)

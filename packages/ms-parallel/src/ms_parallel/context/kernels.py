@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ms_ops.attention import MaskSpec, attention, attention_backward, attention_merge
 from ms_ops.device import upcast
@@ -91,11 +92,14 @@ def attend_backward(
     Args:
         call: which.
         how: how its scores are formed.
-        tensors: dout, q, k, v and out, rows first; `out` over all keys.
+        tensors: dout, q, k, v and out, rows first; `out` over all keys. What dout has beyond the
+            channels of out is the gradient of lse, as `with_lse_gradient` writes it.
         lse: [n, B, h], over all keys.
     """
     dout, q, k, v, out = _unrounded(*tensors)
     kv_shapes = (k.shape, v.shape)
+    more = (0, dout.shape[-1] - out.shape[-1])
+    v, out = pad(v, more), pad(out, more, value=1.0)
     k, v = (_expanded(t, how.expand) for t in (k, v))
     options = _options(call, how)
     if call.cu_q is None:
@@ -104,10 +108,32 @@ def attend_backward(
     else:
         d, a, b, c, o = (t.flatten(1, 2) for t in (dout, q, k, v, out))
         dq, dk, dv = attention_backward(d, a, b, c, o, lse.flatten(1), **options)
-    dq, dk, dv = dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    dq, dk, dv = dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)[..., : kv_shapes[1][-1]]
     pairs = zip((dk, dv), kv_shapes, strict=True)
     dk, dv = (_contracted(grad, shape, how.expand) for grad, shape in pairs)
     return dq, dk, dv
+
+
+def with_lse_gradient(dout: Tensor, dlse: Tensor | None, layout: str) -> Tensor:
+    """Return dout with two channels more, whose effect is the gradient of the log-sum-exp.
+
+    ds = p * (dp - delta + dlse). A channel with value 0, output 1 and output gradient -dlse changes
+    delta = sum(dout * out) by -dlse and nothing else; a second one carries what rounding to a low
+    precision takes from the first. Both are there without a gradient too, so that all ranks send
+    alike.
+
+    Args:
+        dout: gradient of the output, in `layout`.
+        dlse: [B, H, s], or [s, H] in layout "thd"; None for zeros.
+        layout: "bshd", "sbhd" or "thd".
+    """
+    if dlse is None:
+        return pad(dout, (0, 2))
+    order = {"bshd": (0, 2, 1), "sbhd": (2, 0, 1)}.get(layout)
+    rows = (dlse if order is None else dlse.permute(order)).unsqueeze(-1)
+    coarse = rows.to(dout.dtype)
+    fine = (rows - coarse.to(rows.dtype)).to(dout.dtype)
+    return torch.cat((dout, -coarse, -fine), -1)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,4 +182,4 @@ def _contracted(grad: Tensor, shape: torch.Size, index: Tensor | None) -> Tensor
     return whole.index_add_(2, index, grad)
 
 
-__all__ = ["Scoring", "attend", "attend_backward", "expansion", "merge"]
+__all__ = ["Scoring", "attend", "attend_backward", "expansion", "merge", "with_lse_gradient"]

@@ -7,7 +7,7 @@ forward op, so that selective checkpointing can keep it: a replayed forward then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .digest import plan_of
 from .flops import state_context_flops
 from .forward import Result, forward_steps
 from .job import Job, make_job
-from .kernels import Scoring
+from .kernels import Scoring, with_lse_gradient
 from .plan import AttnPlan
 from .state import needs_inputs, saved
 from .topology import topology_of
@@ -105,7 +105,12 @@ def backward_of(
     layout: str,
     log: Any = None,
 ) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Return (dq, dk, dv, dsink) of a rank, in the layout of the caller."""
+    """Return (dq, dk, dv, dsink) of a rank, in the layout of the caller.
+
+    Channels of dout beyond Dv are the gradient of the log-sum-exp (`with_lse_gradient`).
+    """
+    more = dout.shape[-1] - job.plan.head_dims[1]
+    job = replace(job, shapes=replace(job.shapes, more=more)) if more else job
     given = [None if x is None else rows_first(x, layout) for x in (dout, out, *inputs)]
     assert given[0] is not None
     q, k, v = given[2:]
@@ -240,9 +245,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     ctx.save_for_backward(*kept(job, (q, k, v, out)), slopes, rng, sink, *state)
 
 
-def _grad(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     q, k, v, out, slopes, rng, sink, *state = ctx.saved_tensors
     dout = torch.zeros(**ctx.like) if dout is None else dout
+    settings = Settings(*ctx.rest)
+    if settings.return_lse:
+        dout = with_lse_gradient(dout, dlse, settings.layout)
     dq, dk, dv, dsink = backward_op(
         dout, q, k, v, out, state, slopes, rng, sink, *ctx.names, *ctx.rest
     )

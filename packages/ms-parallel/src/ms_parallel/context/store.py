@@ -35,6 +35,7 @@ class Shapes:
         dtype: of the inputs.
         sums: of accumulators and log-sum-exp.
         grads: of partial sums on their way to another rank.
+        more: channels of the output's gradient beside Dv: 2 where the log-sum-exp has one too.
     """
 
     batch: int
@@ -44,13 +45,15 @@ class Shapes:
     dtype: torch.dtype
     sums: torch.dtype
     grads: torch.dtype
+    more: int = 0
 
     def row(self, part: str) -> tuple[int, ...]:
         """Return the shape of one row of a part."""
         if part == "lse":
             return (self.batch, self.q_heads)
         heads = self.kv_heads if part in ("k", "v", "dk", "dv") else self.q_heads
-        return (self.batch, heads, self.channels[part in ("v", "dv", "o", "do")])
+        channels = self.channels[part in ("v", "dv", "o", "do")]
+        return (self.batch, heads, channels + self.more * (part == "do"))
 
     def message_dtype(self, what: What) -> torch.dtype:
         """Return the dtype in which a message carries it."""
