@@ -47,7 +47,7 @@ REFUSED = {
     "E-M13": {
         *itertools.product(("discard", *WHOLE, "divided", "inputs"), ("attention",)),
     },
-    "E-M14": {("optimizer", "packed")},
+    "E-M15": {("optimizer", "packed")},
 }
 # They change nothing by themselves: what others share, rules, a line that is logged.
 SHARED = {"memory.session", "memory.weights", "memory.conflicts", "memory.pools"}

@@ -19,8 +19,8 @@ Builder = Callable[..., Any]
 Maker = Callable[[torch.optim.Optimizer, Any], Any]
 
 _TORCH_ADAMS = (torch.optim.AdamW, torch.optim.Adam)
-_PACKED = "E-M15: --reuse-fp32-param"
-_STREAMED = "E-M14: --swap-optimizer"
+_PACKED = "E-M16: --reuse-fp32-param"
+_STREAMED = "E-M15: --swap-optimizer"
 _packed = HeldPackedAdamW.take_over
 
 

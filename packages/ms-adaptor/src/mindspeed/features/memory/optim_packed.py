@@ -29,7 +29,7 @@ def _refused(right: str, flag: str, reason: str, remedy: str) -> Rule:
         kind="forbids",
         left="reuse_fp32_param",
         right=right,
-        text=f"E-M15: --reuse-fp32-param with {flag}: {reason}",
+        text=f"E-M16: --reuse-fp32-param with {flag}: {reason}",
         suggestion=remedy,
     )
 
@@ -47,7 +47,7 @@ FEATURE = Feature(
             kind="requires",
             left="reuse_fp32_param",
             right="bf16",
-            text="E-M15: --reuse-fp32-param without --bf16: a residue of 16 bits completes a bf16"
+            text="E-M16: --reuse-fp32-param without --bf16: a residue of 16 bits completes a bf16"
             " weight and no other",
             suggestion="Give --bf16, or leave --reuse-fp32-param out.",
         ),
@@ -55,7 +55,7 @@ FEATURE = Feature(
             kind="requires",
             left="reuse_fp32_param",
             right="optimizer == 'adam'",
-            text="E-M15: --reuse-fp32-param with --optimizer other than adam: the step on packed"
+            text="E-M16: --reuse-fp32-param with --optimizer other than adam: the step on packed"
             " masters is AdamW's",
             suggestion="Give --optimizer adam, or leave --reuse-fp32-param out.",
         ),

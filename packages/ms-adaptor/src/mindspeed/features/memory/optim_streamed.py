@@ -15,7 +15,7 @@ def _refused(right: str, flag: str, reason: str) -> Rule:
         kind="forbids",
         left="swap_optimizer",
         right=right,
-        text=f"E-M14: --swap-optimizer with {flag}: {reason}",
+        text=f"E-M15: --swap-optimizer with {flag}: {reason}",
         suggestion=f"Leave {flag} or --swap-optimizer out.",
     )
 
@@ -29,7 +29,7 @@ FEATURE = Feature(
             kind="requires",
             left="swap_optimizer",
             right="bf16 or fp16",
-            text="E-M14: --swap-optimizer without --bf16 or --fp16: weights in fp32 are their own"
+            text="E-M15: --swap-optimizer without --bf16 or --fp16: weights in fp32 are their own"
             " masters and stay on the device",
             suggestion="Give --bf16, or leave --swap-optimizer out.",
         ),
@@ -37,7 +37,7 @@ FEATURE = Feature(
             kind="requires",
             left="swap_optimizer",
             right="optimizer == 'adam'",
-            text="E-M14: --swap-optimizer with --optimizer other than adam: the slices are of"
+            text="E-M15: --swap-optimizer with --optimizer other than adam: the slices are of"
             " AdamW's states",
             suggestion="Give --optimizer adam, or leave --swap-optimizer out.",
         ),
@@ -45,7 +45,7 @@ FEATURE = Feature(
             kind="range",
             left="swap_optimizer_times",
             right="swap_optimizer_times >= 0",
-            text="E-M14: --swap-optimizer-times must be 0 or more",
+            text="E-M15: --swap-optimizer-times must be 0 or more",
             suggestion="16 slices are usual; 0 and 1 move everything at once.",
         ),
         Rule(

@@ -67,7 +67,7 @@ FEATURE = Feature(
             kind="forbids",
             left=_EMA,
             right="reuse_fp32_param",
-            text="E-M15: --reuse-fp32-param with --optimizer-selection fused_ema_adamw: averages"
+            text="E-M16: --reuse-fp32-param with --optimizer-selection fused_ema_adamw: averages"
             " need fp32 weights that exist at every time",
             suggestion="Leave one of them out.",
         ),
@@ -75,7 +75,7 @@ FEATURE = Feature(
             kind="forbids",
             left=_EMA,
             right="swap_optimizer",
-            text="E-M14: --swap-optimizer with --optimizer-selection fused_ema_adamw: the slices"
+            text="E-M15: --swap-optimizer with --optimizer-selection fused_ema_adamw: the slices"
             " that are swapped hold no averages",
             suggestion="Leave one of them out.",
         ),
