@@ -45,6 +45,8 @@ def test_features_are_as_their_formulas(drivers):
     for part in (module.activations, module.elsewhere, module.optimizers):
         for row in part(size):
             assert row.as_dict()["bytes"] == row.expected > 0
+    with pytest.raises(AssertionError):
+        module.Row("a feature", "a formula", 8, 9).as_dict()
 
 
 def test_budgets(drivers, monkeypatch):
@@ -66,6 +68,12 @@ def test_budgets(drivers, monkeypatch):
     assert 0 < planned[1]["flops_added"] < full
     assert contenders["torch.compile, dp"]["flops_added"] > 0
     assert "planner" in drivers["table"].budgets({**found, "rounds": 0})
+
+    def scaled(model):
+        return drivers["peers"].forwards([model.norm], lambda plain: lambda x: plain(x) * 1.01)
+
+    with pytest.raises(AssertionError, match="other gradients"):
+        bench.check(module.Setting("wrong", scaled))
 
 
 def test_virtual_time(drivers, monkeypatch):
