@@ -25,13 +25,13 @@ def small():
             yield case
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "dtype", "name"), list(cases(testing.DTYPES)))
-def test_values_fakes_and_repetition(op, dtype, name, backend):
+def test_values_fakes_and_repetition(op, dtype, name):
     sample = testing.find_sample(op, name, dtype)
-    testing.check_values(op, sample, backend)
-    testing.check_fake(op, sample, backend)
-    testing.check_deterministic(op, sample, backend)
+    testing.check_values(op, sample, *BACKENDS)
+    testing.check_fake(op, sample, *BACKENDS)
+    for backend in BACKENDS:
+        testing.check_deterministic(op, sample, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,7 @@
 """The one test body: what any backend of any operator has to pass.
 
-Each check takes (operator, sample, backend) and raises AssertionError with the tensor's name.
+Each check takes (operator, sample, backend) and raises AssertionError with the tensor's name;
+those that compare with something costly take several backends.
 `check_backend` runs all of them; a backend from elsewhere proves itself by that call.
 """
 
@@ -56,21 +57,28 @@ def declines(op: str, sample: Sample, backend: str) -> str | None:
     return {v.backend: v.reason for v in registry.verdicts(op, facts)}[backend]
 
 
-def check_values(op: str, sample: Sample, backend: str) -> float:
+def check_values(op: str, sample: Sample, *backends: str) -> float:
     """Compare all outputs and all gradients with autograd through the fp64 reference on the CPU.
 
     Returns:
         The largest error of a tensor, in roundings of its own largest value.
     """
     test = OPERATORS[op]
+    oracle = _run(test, _reference(op), _cast(sample, torch.float64))
+    eager = _run(test, test.plain, sample)
+    return max(_check_against(op, sample, backend, oracle, eager) for backend in backends)
+
+
+def _check_against(
+    op: str, sample: Sample, backend: str, oracle: dict[str, Tensor], eager: dict[str, Tensor]
+) -> float:
+    test = OPERATORS[op]
     dtype = _input_dtype(sample)
     with poisoned_empty(), ms_ops.backend(**{op: backend}):
         got = _run(test, test.function, sample)
-    oracle = _run(test, _reference(op), _cast(sample, torch.float64))
-    eager = _run(test, test.plain, sample)
     # A kernel returns an empty tensor where the public function returns None.
     same = got.keys() == eager.keys() and got.keys() <= oracle.keys()
-    assert same, f"{op} {sample.name}: outputs differ"
+    assert same, f"{op}[{backend}] {sample.name}: outputs differ"
     worst = 0.0
     for name, mine in got.items():
         where = f"{op}[{backend}] {sample.name} {dtype} {name}"
@@ -119,18 +127,20 @@ def check_custom_op(op: str, sample: Sample, backend: str) -> None:
     torch.library.opcheck(op_call, prepared)
 
 
-def check_fake(op: str, sample: Sample, backend: str) -> None:
+def check_fake(op: str, sample: Sample, *backends: str) -> None:
     """Compare shape, stride, dtype and device of what our custom ops return, fake and real."""
     test = OPERATORS[op]
-    with ms_ops.backend(**{op: backend}):
-        with _Returned() as real:
+    # The fake is the operator's, whatever the backend.
+    with FakeTensorMode() as mode, ms_ops.backend(**{op: backends[0]}), _Returned() as fake:
+        _run(test, test.function, _each_tensor(sample, mode.from_tensor))
+    for backend in backends:
+        with ms_ops.backend(**{op: backend}), _Returned() as real:
             _run(test, test.function, sample)
-        with FakeTensorMode() as mode, _Returned() as fake:
-            _run(test, test.function, _each_tensor(sample, mode.from_tensor))
-    for (name, mine), (_, other) in zip(real.tensors, fake.tensors, strict=True):
-        for what in ("shape", "dtype", "device"):
-            assert getattr(mine, what) == getattr(other, what), f"{op} {sample.name} {name} {what}"
-        assert check_significant_strides(mine, other)[0], f"{op} {sample.name} {name} stride"
+        for (name, mine), (_, other) in zip(real.tensors, fake.tensors, strict=True):
+            where = f"{op}[{backend}] {sample.name} {name}"
+            for what in ("shape", "dtype", "device"):
+                assert getattr(mine, what) == getattr(other, what), f"{where} {what}"
+            assert check_significant_strides(mine, other)[0], f"{where} stride"
 
 
 def check_compiled(
