@@ -5,7 +5,7 @@
 A GPT of 50 million parameters, forward and backward. Bytes are the allocator's peak in a step
 beyond parameters and gradients. Budgets lie between the step that recomputes every layer and the
 one that recomputes nothing. Each contender enters a budget with the fastest of its settings that
-measures below it, by FLOPs; gradients are compared before anything is timed.
+measures below it, by FLOPs; gradients are compared before anything is timed. Swaps are in `swaps`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import meter
 import peers
 import torch
 from gpt import Size, Step
-from virtual import Computing
+from swaps import Computing
 
 from ms_memory import MemoryFeatureError, Session, planner
 from ms_memory.device import VirtualClock

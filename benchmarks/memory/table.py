@@ -61,7 +61,7 @@ def _time(entry):
     return f"{time}({mib(entry['bytes'])})"
 
 
-def virtual(found):
+def swaps(found):
     """Virtual time that plans with and without swaps add."""
     given, whole = found["budgets"], found["unplanned_ns"]
     body = []
@@ -127,7 +127,7 @@ def optimizer(found):
 BLOCKS = {
     "features": ("features", features),
     "budgets": ("budgets", budgets),
-    "virtual": ("virtual", virtual),
+    "swaps": ("swaps", swaps),
     "solver": ("planner_solver", solver),
     "optimizer": ("packed_adamw", optimizer),
 }

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from .workspace import ROOT
 
 FOLDER = ROOT / "benchmarks" / "memory"
-NAMES = ("budgets", "features", "gpt", "meter", "packed_adamw", "peers", "table", "virtual")
+NAMES = ("budgets", "features", "gpt", "meter", "packed_adamw", "peers", "swaps", "table")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_budgets(drivers, monkeypatch):
 
 def test_virtual_time(drivers, monkeypatch):
     """Recomputation takes what was predicted, swaps at most that; peaks are as predicted."""
-    module = drivers["virtual"]
+    module = drivers["swaps"]
     monkeypatch.setattr(module, "SHARES", (0.3,))
     (row,) = module.measure(small(drivers, 3))["budgets"]
     alone, swaps = row["recompute only"], row["with swaps"]
@@ -96,5 +96,5 @@ def test_packed_adamw(drivers):
 def test_the_page_shows_the_results(drivers):
     page = drivers["table"].PAGE.read_text(encoding="utf-8")
     assert drivers["table"].filled(page) == page
-    for name in ("budgets", "virtual", "features"):
+    for name in ("budgets", "swaps", "features"):
         assert json.loads((FOLDER / "results" / f"{name}.json").read_text())["environment"]

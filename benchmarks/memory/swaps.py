@@ -1,6 +1,6 @@
 """The planner with swaps beside recomputation alone, in exact virtual time, at five budgets.
 
-    python -m benchmarks memory/virtual
+    python -m benchmarks memory/swaps
 
 The simulated device copies while it computes. Its clock counts matrix products and attention by
 their FLOPs, all else by the bytes that it reads and writes. Its rates stand to each other as in a
@@ -167,7 +167,7 @@ def main():
     meter.register_attention()
     found = measure(TINY if options.tiny else SIZE)
     if not options.no_write:
-        meter.write("virtual", {"environment": meter.environment(), **found})
+        meter.write("swaps", {"environment": meter.environment(), **found})
 
 
 if __name__ == "__main__":
