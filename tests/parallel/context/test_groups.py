@@ -11,6 +11,7 @@ from ms_parallel.context import (
     AttnMask,
     ContextAttention,
     CPTopology,
+    DistributedAttention,
     SeqLayout,
     context_attention,
     head_to_seq,
@@ -134,7 +135,9 @@ def refusals(group, rank):
     checked = CPTopology(group, check_plans=True)
     topology = CPTopology(group)
     common = make_plan(layout, AttnMask.causal())
+    deepspeed = DistributedAttention(attention, topology.group, gather_idx=1)
     return {
+        "deepspeed": message(deepspeed, q[:, :, :3], k, v),
         "plan": message(context_attention, q, k, v, plan, checked),
         "shard": message(context_attention, q, k[:, :-1], v, common, topology),
         "batch": message(context_attention, q, k.expand(2, -1, -1, -1), v, common, topology),
@@ -260,6 +263,9 @@ def test_refusals_name_what_and_where(four):
         assert f"k: got (1, 3, 2, 8) at rank {rank}, need bshd" in texts["shard"]
         assert "(4, 2, 8)" in texts["shard"]
         assert "batch 1" in texts["batch"]
+        assert texts["deepspeed"] == (
+            "DistributedAttention: query: got 3 heads, need at least 4, one for each process"
+        )
         assert texts["heads"].startswith(f"context_attention: q: got (1, 4, 2, 8) at rank {rank}")
         assert "dropout_rng: got None" in texts["rng"]
         assert "4 ranks in nodes of 2, need 4 ranks in nodes of 1" in texts["nodes"]

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from ms_ops.attention import attention
-from ms_parallel.context import AttnMask, SeqLayout, simulate_attention
+from ms_parallel.context import (
+    AttnMask,
+    CPTopology,
+    SeqLayout,
+    context_attention,
+    simulate_attention,
+)
 from support.context import make_plan
+from support.ranks import run_ranks
 
 TOTAL, WIDTH, HEADS, KV_HEADS, WORDS, STEPS, RANKS = 22, 16, 4, 2, 31, 20, 4
 DOCUMENTS = (0, 3, 4, 15, 22)
@@ -52,12 +60,15 @@ class Gpt(torch.nn.Module):
         return [self.head(x) for x in shards]
 
 
-def train(layout, documents, attend):
-    """Train on the parts of a layout; return all losses, and the weights at the end."""
+def train(layout, documents, attend, ranks=None, combine=lambda tensors: None):
+    """Train on the parts of a layout; return all losses, and the weights at the end.
+
+    With processes: on the parts of `ranks`, and `combine` adds up what the processes have.
+    """
     torch.manual_seed(0)
     model = Gpt().double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ranks = range(layout.size)
+    ranks = range(layout.size) if ranks is None else ranks
     positions = [layout.position_ids(r, documents) for r in ranks]
     losses = []
     for step in range(STEPS):
@@ -70,6 +81,7 @@ def train(layout, documents, attend):
         loss = sum(F.cross_entropy(x[0], t[0], reduction="sum") for x, t in pairs) / TOTAL
         optimizer.zero_grad()
         loss.backward()
+        combine([loss.detach(), *(p.grad for p in model.parameters())])
         optimizer.step()
         losses.append(loss.item())
     return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -89,6 +101,14 @@ def whole():
     return found
 
 
+def equals(found, expected):
+    """Assert that losses and weights are those of one process, and that something was learned."""
+    (losses, weights), (expected, right) = found, expected
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-9
+    assert float((weights - right).abs().max()) < 1e-9
+    assert losses[-1] < losses[0] - 0.5
+
+
 PLANS = (
     {"algorithm": "ring"},
     {"algorithm": "ring", "window": 2, "kv_keep": "k", "pruned": True},
@@ -104,8 +124,38 @@ PLANS = (
 def test_20_steps(whole, options, documents):
     layout = SeqLayout.zigzag(TOTAL, RANKS)
     plan = make_plan(layout, AttnMask.causal(documents), (HEADS, KV_HEADS), (SIDE, SIDE), **options)
-    losses, weights = train(layout, documents, lambda q, k, v: simulate_attention(q, k, v, plan))
-    expected, right = whole[documents]
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-9
-    assert float((weights - right).abs().max()) < 1e-9
-    assert losses[-1] < losses[0] - 0.5
+    found = train(layout, documents, lambda q, k, v: simulate_attention(q, k, v, plan))
+    equals(found, whole[documents])
+
+
+PROCESSES = ((PLANS[1], ()), (PLANS[3], DOCUMENTS))
+
+
+def add_up(tensors):
+    """Sum over the processes, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def of_process(rank, world):
+    """Train with own process's part of every sequence; the sums travel over gloo."""
+    found = []
+    for options, documents in PROCESSES:
+        layout = SeqLayout.zigzag(TOTAL, world)
+        mask = AttnMask.causal(documents)
+        plan = make_plan(layout, mask, (HEADS, KV_HEADS), (SIDE, SIDE), **options)
+        topology = CPTopology(None, plan.ulysses, plan.window)
+
+        def attend(q, k, v, plan=plan, topology=topology):
+            return [context_attention(q[0], k[0], v[0], plan, topology)]
+
+        found.append(train(layout, documents, attend, [rank], add_up))
+    return found
+
+
+def test_20_steps_of_processes(whole):
+    for found in run_ranks(of_process, RANKS):
+        for (_, documents), got in zip(PROCESSES, found, strict=True):
+            equals(got, whole[documents])
