@@ -77,7 +77,7 @@ def model_of(size, gated=False):
 
 
 def inputs(size):
-    return [torch.zeros(size.batch, size.sequence, dtype=torch.long) for _ in "ab"]
+    return [torch.zeros(size.batch, size.sequence, dtype=torch.long) for _ in range(2)]
 
 
 def kept(size, install=None, gated=False):

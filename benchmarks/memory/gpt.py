@@ -94,7 +94,7 @@ class Step:
     def __init__(self, size, seed=1):
         torch.manual_seed(seed)
         self.model = GPT(size)
-        self.data = [torch.randint(size.vocabulary, (size.batch, size.sequence)) for _ in "ab"]
+        self.data = [torch.randint(size.vocabulary, (size.batch, size.sequence)) for _ in range(2)]
         self.gradients = [torch.zeros_like(p) for p in self.model.parameters()]
         self.nbytes = sum(p.nbytes for p in self.model.parameters())
         self.attach()

@@ -61,15 +61,22 @@ def clock():
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def turns(runs, rounds):
-    """Seconds of every contender and round; each round runs every contender once, in turn."""
+def turns(runs, rounds, enter=None):
+    """Seconds of every contender and round; each round runs every contender once, in turn.
+
+    Args:
+        runs: by name.
+        rounds: how many.
+        enter: name -> context in which it runs, whose own time does not count.
+    """
     now = clock()
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = now()
-            run()
-            times[name].append(now() - start)
+            with contextlib.nullcontext() if enter is None else enter(name):
+                start = now()
+                run()
+                times[name].append(now() - start)
     return times
 
 
