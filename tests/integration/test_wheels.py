@@ -179,7 +179,10 @@ NEEDS_OTHERS = (
         f"mindspeed.features.memory.{n}"
         for n in ("recompute_layers", "swap_install", "swap_layers")
     ),
-    *(f"mindspeed.features.memory.planner_{n}" for n in ("schedule", "stage", "static", "step")),
+    *(
+        f"mindspeed.features.memory.planner_{n}"
+        for n in ("guard", "schedule", "stage", "static", "step")
+    ),
     "ms_profile.profiler.npu",
 )
 

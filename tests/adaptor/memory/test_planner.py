@@ -69,6 +69,28 @@ MUTANTS = {
 }
 
 
+def outgrown():
+    """What becomes of a plan when a longer sequence comes, and of one that shares experts."""
+    import torch
+
+    from mindspeed.features.memory.session import session_of
+    from mindspeed.train.trainer import Trainer
+
+    with Trainer(config(ROOMY)) as trainer:
+        trainer.train_step()
+        (model,) = trainer.chunks
+        tokens = torch.zeros(2, 40, dtype=torch.long)
+        before = session_of(model)
+        for experts in (2, 1):
+            model.config.expert_model_parallel_size = experts
+            try:
+                model(tokens, tokens, None, labels=tokens).sum().backward()
+            except ValueError as error:
+                refused = str(error)
+        after = session_of(model)
+        return refused, before is after, before.closed, [a.module for a in after.actions]
+
+
 def alone(rank, world_size):
     found = {"plain": trained({}), "planned": trained(BUDGET)}
     found["experts"] = trained(EXPERTS), trained({**EXPERTS, **BUDGET, "memory_budget": "90%"})
@@ -76,6 +98,7 @@ def alone(rank, world_size):
     for name, mutation in MUTANTS.items():
         with mutation.applied():
             mutants[name] = trained(ROOMY, steps=1)[0]
+    found["outgrown"] = outgrown()
     return found, mutants
 
 
@@ -85,15 +108,19 @@ def test_one_process():
     planned, plan, measured, left, notes, text = found["planned"]
     assert planned == losses
     assert all(mutant != losses[:1] for mutant in mutants.values()), mutants
-    # Workspaces that were there before a step are not seen by its meter.
-    assert max(plan["unplanned"]) == pytest.approx(unplanned + left, rel=0.01)
+    # The meter does not see what was there before: workspaces, states of three random streams.
+    unseen = left + 3 * 5056
+    assert max(plan["unplanned"]) == pytest.approx(unplanned + unseen, rel=1e-3)
     assert measured <= plan["budget"] == int(0.8 * max(plan["unplanned"]))
-    assert measured == pytest.approx(plan["peak"], rel=0.01)
+    assert measured == pytest.approx(plan["peak"], rel=0.03)
     assert notes[-1].startswith("memory of stage 0: budget ")
     assert "more than" not in notes[-1]
     assert "layers.0" in text
     assert "measured in one micro-step" in text
     assert {d["option"]["name"] for d in plan["decisions"]} != {"keep"}
+    refused, *fallen_back = found["outgrown"]
+    assert refused.startswith("E-M23: ")
+    assert fallen_back == [False, True, ["decoder.layers.0", "decoder.layers.1"]]
     plain, planned = found["experts"]
     assert planned[0] == plain[0]
     assert planned[2] <= planned[1]["budget"]

@@ -98,6 +98,15 @@ def test_shares_of_a_device_need_one():
         check({"memory_budget": "0.9"}, "cpu")
 
 
+def test_swapping_alone_needs_a_device(monkeypatch):
+    values = {"memory_budget": "1GiB", "memory_actions": "swap"}
+    check(values, "npu")
+    with pytest.raises(ValueError, match=r"swapping alone .* --memory-actions recompute,swap"):
+        check(values, "cpu")
+    monkeypatch.setenv("MS_MEMORY_SIM", "1")
+    check(values, "cpu")
+
+
 PLANNED = {"memory_budget": "1GiB"}
 ROWS = {
     "--recompute-granularity": {**PLANNED, "recompute_granularity": "full"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class Recorded:
@@ -17,8 +20,8 @@ class Recorded:
         self._source = source
         self._seen: list[Any] = []
 
-    def replay(self) -> Iterator[Any]:
-        """Return the elements from the first on; what is new is taken from the source."""
+    def replay(self, copy: Callable[[Any], Any]) -> Iterator[Any]:
+        """Return copies of the elements from the first on; new ones are taken from the source."""
         place = 0
         while True:
             if place == len(self._seen):
@@ -26,7 +29,7 @@ class Recorded:
                     self._seen.append(next(self._source))
                 except StopIteration:
                     return
-            yield _copied(self._seen[place])
+            yield copy(self._seen[place])
             place += 1
 
 
@@ -45,20 +48,28 @@ class Batches:
         self._recorded = [None if one is None else recorded[id(one)] for one in every]
 
     def of(self, chunk: int) -> Iterator[Any] | None:
-        """Return the iterator of one chunk, from its first micro-batch on."""
+        """Return the iterator of one chunk, from its first micro-batch on.
+
+        Its tensors are new: a step in training gets them new as well, and they count.
+        """
         found = self._recorded[chunk if len(self._recorded) > 1 else 0]
-        return None if found is None else found.replay()
+        return None if found is None else found.replay(_anew)
 
     def replay(self) -> Any:
         """Return iterators in the form of `data_iterator`, from their first micro-batches on."""
         shared: dict[int, Iterator[Any]] = {}
         found = [
-            None if one is None else shared.setdefault(id(one), one.replay())
+            None if one is None else shared.setdefault(id(one), one.replay(_entries))
             for one in self._recorded
         ]
         return found if isinstance(self._given, list) else found[0]
 
 
-def _copied(batch: Any) -> Any:
+def _entries(batch: Any) -> Any:
     """Copy a dictionary: some forward steps take entries out of it."""
     return dict(batch) if type(batch) is dict else batch
+
+
+def _anew(batch: Any) -> Any:
+    """Copy all tensors of a batch."""
+    return tree_map_only(Tensor, Tensor.clone, batch)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mindspeed.features.memory.planner_settings import NO_DEVICE, WANTED, Budget, settings
+from mindspeed.features.memory.planner_settings import NO_DEVICE, WANTED, settings
 from mindspeed.features.memory.settings import conflict
 from mindspeed.patching.records import Rule
 
@@ -133,10 +134,12 @@ def check(values: Mapping[str, Any], device: str) -> None:
         ValueError: a budget, an action or a pin is malformed, or needs a device with memory.
     """
     found = settings(values)
-    if found is not None and device == "cpu":
-        _check_processor(found.budget)
-
-
-def _check_processor(budget: Budget) -> None:
-    if budget.kind in ("device", "free"):
-        raise ValueError(NO_DEVICE.format(budget.text))
+    if found is None or device != "cpu":
+        return
+    if found.budget.kind in ("device", "free"):
+        raise ValueError(NO_DEVICE.format(found.budget.text))
+    if found.actions == ("swap",) and not os.environ.get("MS_MEMORY_SIM"):
+        raise ValueError(
+            "swapping alone on the processor, which has no other memory to swap to: let layers be"
+            " recomputed too, --memory-actions recompute,swap"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from mindspeed.features.memory.planner_batches import Batches
 from mindspeed.features.memory.planner_exchange import exchange
 from mindspeed.features.memory.planner_flight import in_flight
+from mindspeed.features.memory.planner_guard import guard, watched
 from mindspeed.features.memory.planner_report import publish
 from mindspeed.features.memory.planner_settings import PlannerSettings
 from mindspeed.features.memory.planner_stage import (
@@ -31,7 +33,7 @@ from mindspeed.features.memory.planner_step import (
     received,
     unwrapped,
 )
-from mindspeed.features.memory.session import open_session
+from mindspeed.features.memory.session import open_session, session_of
 from mindspeed.features.memory.settings import MemorySettings
 from mindspeed.features.ops.script import script_arguments
 from ms_memory import Session, planner
@@ -49,7 +51,7 @@ class Planned:
         workspaces: bytes that the first micro-step leaves behind, part of the plan's.
         verified: most bytes alive in a micro-step under the plan; None where more than one
             micro-batch is in flight, which one micro-step does not show.
-        streaming: states of the optimizer were to be streamed as well.
+        notes: what was asked for and not done, with the reason.
     """
 
     plan: Plan
@@ -57,7 +59,7 @@ class Planned:
     first: bool
     workspaces: int
     verified: int | None = None
-    streaming: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the report."""
@@ -67,8 +69,7 @@ class Planned:
                 f"\npredicted peak {report.size(self.plan.peak)}, measured in one micro-step"
                 f" {report.size(self.verified)}"
             )
-        if self.streaming:
-            lines.append("optimizer states stay on the device: --swap-optimizer streams them")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -135,6 +136,8 @@ def plan_step(
             made = _planned(schedule, dict(call), batches, chunks, settings)
         except StageError as refused:
             error = refused
+            for session in filter(None, map(session_of, chunks)):
+                session.close()
     raise_together(error)
     assert made is not None
     return made
@@ -156,7 +159,9 @@ def _planned(
     inputs = received(schedule, call, batches, chunks)
     steps = [MicroStep(call, batches, chunks, n, x) for n, x in enumerate(inputs)]
     sessions = [open_session(unwrapped(chunk), MemorySettings()) for chunk in chunks]
-    left = sum(map(left_behind, steps))
+    with contextlib.ExitStack() as stack:
+        sizes = [stack.enter_context(watched(unwrapped(chunk))) for chunk in chunks]
+        left = sum(map(left_behind, steps))
     mine = _measured(sessions, steps, settings, static + left, call["num_microbatches"])
     alone = len(chunks) == 1 and mine.in_flight == (1,)
     less, peak = 0, None
@@ -170,8 +175,19 @@ def _planned(
             break
         less = peak - plan.budget
         sessions = _reopened(sessions)
+    for session, seen in zip(sessions, sizes, strict=True):
+        guard(session, max(seen))
     first = dist.get_rank(group) == 0
-    return Planned(plan, stage, first, left, peak, settings.streaming)
+    return Planned(plan, stage, first, left, peak, _notes(settings, sessions[0]))
+
+
+def _notes(settings: PlannerSettings, session: Session) -> tuple[str, ...]:
+    found = []
+    if "swap" in (settings.actions or ()) and session.device.name == "cpu":
+        found.append("nothing is swapped: the processor has no other memory")
+    if settings.streaming:
+        found.append("optimizer states stay on the device: --swap-optimizer streams them")
+    return tuple(found)
 
 
 def _measured(

@@ -14,15 +14,18 @@ from mindspeed.features.memory.planner_step import gradient_buffers, unwrapped
 
 
 def static_bytes(chunks: Sequence[Any], optimizer: Any) -> int:
-    """Return the bytes of weights, gradients, masters and the optimizer's states.
+    """Return the bytes of weights, gradients, masters, the optimizer's and random states.
 
-    States that the optimizer makes in its first step count before they are there.
+    States that the optimizer makes in its first step count before they are there. On an accelerator
+    what lies on the host does not count.
 
     Args:
         chunks: as Megatron wraps them.
         optimizer: Megatron's; None: there is none.
     """
-    found: list[Tensor] = []
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    found: list[Tensor] = list(get_cuda_rng_tracker().get_states().values())
     for chunk in chunks:
         found += [*chunk.parameters(), *unwrapped(chunk).buffers()]
         found += gradient_buffers(chunk)
@@ -30,7 +33,9 @@ def static_bytes(chunks: Sequence[Any], optimizer: Any) -> int:
     inner = list(torch_optimizers(optimizer))
     for one in inner:
         found += _held(one)
-    return _unique(found) + sum(map(_to_come, inner))
+    device = next((p.device.type for chunk in chunks for p in chunk.parameters()), "cpu")
+    here = [tensor for tensor in found if tensor.device.type == device]
+    return _unique(here) + sum(map(_to_come, inner))
 
 
 def torch_optimizers(optimizer: Any) -> Iterator[Any]:
@@ -52,7 +57,7 @@ def _parameters(inner: Any) -> Iterator[Tensor]:
 
 
 def _unique(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages on this rank's device, each once."""
+    """Return the bytes of the storages, each once."""
     found = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -62,6 +67,8 @@ def _unique(tensors: Iterable[Tensor]) -> int:
 
 def _to_come(inner: Any) -> int:
     """Return the bytes of states that the first step will make."""
+    if hasattr(inner, "peak_bytes"):  # states lie on the host, and pass through in slices
+        return int(inner.peak_bytes())
     missing = [p for p in _parameters(inner) if not inner.state.get(p)]
     kinds = {p.dtype for p in missing}
     each = {kind: _state_bytes(inner, kind) for kind in kinds}
