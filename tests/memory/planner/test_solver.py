@@ -13,11 +13,12 @@ from ms_memory.planner import (
     Problem,
     Site,
     Span,
+    bound,
     chain,
     pareto,
     solve,
+    table,
 )
-from ms_memory.planner.table import Table
 
 from .instances import best, least_budget, random_chain, random_instance
 
@@ -51,9 +52,19 @@ def test_exact_vs_brute():
 MUTANTS = {
     "dominance looks at cost alone": (pareto, "undominated", lambda states: states[:1]),
     "rows have room for everything": (
-        Table,
+        table.Table,
         "rooms",
         lambda self, budget, host: (1 << 40,) * len(self.floor),
+    ),
+    "other prices ask more than the rest costs": (
+        bound,
+        "_tilted",
+        lambda table, rooms, start, tilt: (1 << 99,) * (len(table.uses) + 1),
+    ),
+    "what is beaten by bytes alone is dropped": (
+        table,
+        "_unbeaten",
+        lambda uses, costs: tuple(i for i, u in enumerate(uses) if sum(u) == min(map(sum, uses))),
     ),
 }
 
@@ -203,18 +214,28 @@ def test_time_limit_states_bound_and_gap():
     assert "within" in str(plan)
 
 
-def test_many_layers_of_twelve_options():
-    """One set of options for all layers; benchmarks/memory/planner_solver.py times others too."""
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_many_layers_of_twelve_options(in_flight):
+    """All different, with swaps; benchmarks/memory/planner_solver.py times 100 of them."""
     random = Random(5)
-    held = [random.randint(10**6, 10**9) for _ in range(12)]
-    options = tuple(
-        LayerOption(f"o{k}", b, b, b + random.randint(0, 10**8), time=3 * 10**16 // b)
-        for k, b in enumerate(held)
-    )
-    problem = chain([Layer(f"layer {i}", options) for i in range(40)], base=10**9)
-    plan = solve(problem, 12 * 10**9, explain=False)
+
+    def option(k):
+        held = random.randint(10**6, 10**9)
+        peaks = held + random.randint(0, 10**8), held + random.randint(0, 10**9)
+        leaving = random.randint(0, 10**8) if k % 3 == 0 else 0
+        return LayerOption(f"o{k}", held, *peaks, leaving, time=3 * 10**16 // held)
+
+    layers = [Layer(f"l{i}", tuple(map(option, range(12))), in_flight) for i in range(24)]
+    problem, budget = chain(layers, base=10**9), 7 * 10**9 * in_flight
+    plan = solve(problem, budget, explain=False)
     assert plan.proven
-    assert plan.peak <= 12 * 10**9
+    assert plan.peak <= budget
+    # Out of time after the first narrow search: a plan, and how much better another could be.
+    ticks = iter(range(10**9)).__next__
+    early = solve(problem, budget, explain=False, time_limit=12 * 24 + 5, clock=ticks)
+    assert early.peak <= budget
+    assert early.bound <= plan.time <= early.time
+    assert early.gap < 0.02
 
 
 def test_bad_problems():

@@ -6,8 +6,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .bound import SCALE, Bound
+from .bound import SCALE, TILT, Bound
 from .table import Axis, Table
+
+COMPARED = 200
 
 
 class State(NamedTuple):
@@ -69,11 +71,22 @@ def search(
             moves = [_move(axis, use, rooms, limit) for axis, limit in limits]
             _extend(found, states, moves, added, most)
         states = undominated(found)
+        if ceiling is not None:
+            states = _hopeful(states, bound, ceiling, site + 1)
         if width is not None and len(states) > width:
             states = sorted(states, key=lambda state: state.reduced)[:width]
         if not states:
             return None
     return unwind(min(states, key=lambda state: state.cost).link)
+
+
+def _hopeful(states: list[State], bound: Bound, ceiling: int, site: int) -> list[State]:
+    """Drop partial plans that some other prices show to end above the ceiling."""
+    for tilt, ahead in bound.scaled:
+        most = ceiling * SCALE * TILT - ahead[site]
+        factor, less = TILT + tilt, tilt * SCALE
+        states = [s for s in states if factor * s.reduced - less * s.cost <= most]
+    return states
 
 
 def unwind(link: Any) -> tuple[int, ...]:
@@ -128,7 +141,7 @@ def undominated(states: Sequence[State]) -> list[State]:
     if not states:
         return []
     ordered = sorted(states, key=lambda state: (state.cost, state.values))
-    by_count = (_cheapest, _falling, _staircase)
+    by_count = (_cheapest, _falling, _staircase, _tree)
     count = len(ordered[0].values)
     return by_count[count](ordered) if count < len(by_count) else _pairwise(ordered)
 
@@ -146,30 +159,69 @@ def _falling(states: Sequence[State]) -> list[State]:
     return kept
 
 
+class Staircase:
+    """The pairs that no other beats: as the first number rises, the second falls."""
+
+    __slots__ = ("xs", "ys")
+
+    def __init__(self) -> None:
+        self.xs: list[int] = []
+        self.ys: list[int] = []
+
+    def beats(self, x: int, y: int) -> bool:
+        """Whether a pair is at most this one in both numbers."""
+        place = bisect_right(self.xs, x)
+        return place > 0 and self.ys[place - 1] <= y
+
+    def add(self, x: int, y: int) -> None:
+        """Add a pair, and drop those that it beats."""
+        if self.beats(x, y):
+            return
+        start = stop = bisect_left(self.xs, x)
+        while stop < len(self.xs) and self.ys[stop] >= y:
+            stop += 1
+        self.xs[start:stop], self.ys[start:stop] = [x], [y]
+
+
 def _staircase(states: Sequence[State]) -> list[State]:
-    """Two numbers: the pairs that no earlier, cheaper pair beats form a staircase."""
+    """Two numbers: what no earlier, cheaper pair beats."""
     kept: list[State] = []
-    xs: list[int] = []  # rise
-    ys: list[int] = []  # fall
+    stairs = Staircase()
     for state in states:
         x, y = state.values
-        place = bisect_right(xs, x)
-        if place and ys[place - 1] <= y:
+        if not stairs.beats(x, y):
+            kept.append(state)
+            stairs.add(x, y)
+    return kept
+
+
+def _tree(states: Sequence[State]) -> list[State]:
+    """Three numbers: a staircase of two for every range of the third, as a binary indexed tree."""
+    ranks = {z: i + 1 for i, z in enumerate(sorted({state.values[2] for state in states}))}
+    size = len(ranks)
+    stairs = [Staircase() for _ in range(size + 1)]
+    kept: list[State] = []
+    for state in states:
+        x, y, z = state.values
+        place = ranks[z]
+        while place and not stairs[place].beats(x, y):
+            place &= place - 1
+        if place:
             continue
         kept.append(state)
-        start = bisect_left(xs, x)
-        stop = start
-        while stop < len(xs) and ys[stop] >= y:
-            stop += 1
-        xs[start:stop], ys[start:stop] = [x], [y]
+        place = ranks[z]
+        while place <= size:
+            stairs[place].add(x, y)
+            place += place & -place
     return kept
 
 
 def _pairwise(states: Sequence[State]) -> list[State]:
+    """More numbers: against the last ones alone, which drops less but never too much."""
     kept: list[State] = []
     for state in states:
         values = state.values
-        for other in reversed(kept):
+        for other in kept[: -COMPARED - 1 : -1]:
             if all(a <= b for a, b in zip(other.values, values, strict=True)):
                 break
         else:

@@ -59,10 +59,31 @@ class Table:
         """Return the cost of a plan."""
         return sum(costs[pick] for costs, pick in zip(self.costs, picks, strict=True))
 
+    def thinned(self) -> tuple[Table, tuple[tuple[int, ...], ...]]:
+        """Return the table without options that another of their site beats in everything.
+
+        Beside it, which options are left, site by site.
+        """
+        pairs = zip(self.uses, self.costs, strict=True)
+        places = tuple(_unbeaten(uses, costs) for uses, costs in pairs)
+        uses = tuple(tuple(u[i] for i in p) for u, p in zip(self.uses, places, strict=True))
+        costs = tuple(tuple(c[i] for i in p) for c, p in zip(self.costs, places, strict=True))
+        return Table(self.floor, uses, costs, self.unit), places
+
     @cached_property
     def stages(self) -> tuple[tuple[Axis, ...], ...]:
         """Return which sums must be remembered after each site: the axes."""
         return _stages(self.uses, len(self.floor))
+
+
+def _unbeaten(uses: Sequence[Sequence[int]], costs: Sequence[int]) -> tuple[int, ...]:
+    """Return the options that no other beats; of equal ones the first."""
+    kept: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], sum(uses[i]), i)):
+        mine = uses[i]
+        if not any(all(a <= b for a, b in zip(uses[j], mine, strict=True)) for j in kept):
+            kept.append(i)
+    return tuple(sorted(kept))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Offloading:
         """Return what stands around the two runs of a region."""
         kept = _Kept(policy)
         make = torch_checkpoint.create_selective_checkpoint_contexts
-        first, second = make(kept.answer)  # type: ignore[arg-type]
+        first, second = make(kept.answer)  # type: ignore[no-untyped-call]
         return _Both(_First(self, kept, region), first), _Both(_Second(kept), second)
 
     def out(self, tensor: Tensor, region: str) -> _Parked:
