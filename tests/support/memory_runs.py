@@ -53,19 +53,20 @@ def train(options: Mapping[str, Any], steps: int = 1, evaluate: bool = False) ->
 
     numbers: list[float] = []
     with Trainer(config(options)) as trainer:
-        sessions = open_sessions()
+        # Chunks of a process share their memory on the host.
+        hosts = {session.host.ledger for session in open_sessions()}
         left = 0
         for _ in range(steps):
             result = trainer.train_step()
             numbers += [result.loss, result.grad_norm]
             if evaluate:
                 numbers.append(trainer.evaluate(1))
-            left += sum(session.host.ledger.nbytes for session in sessions)
+            left += sum(host.nbytes for host in hosts)
         return {
             "numbers": numbers,
             "parameters": digest(trainer),
-            "moved": sum(session.host.ledger.total for session in sessions),
-            "peak": sum(session.host.ledger.peak for session in sessions),
+            "moved": sum(host.total for host in hosts),
+            "peak": sum(host.peak for host in hosts),
             "left": left,
         }
 

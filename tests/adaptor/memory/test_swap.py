@@ -138,6 +138,9 @@ def details(rank, world_size):
             train(options)
         refused.append(str(error.value))
     found["small"] = refused
+    with pytest.raises(ValueError, match=r"E-M32.* exceed 40960"):
+        train({**SWAP, "swap_host_bytes": 40_960})
+    assert train({**SWAP, "swap_host_bytes": 40_960, "swap_modules": "input_norm"})["moved"] > 0
     with Trainer(config({})) as trainer:
         (chunk,) = map(unwrap, trainer.chunks)
         chunk.config.cpu_offloading = True
@@ -239,6 +242,9 @@ def test_divided_models(ranks, name):
 
 
 def test_bytes_of_ranks(ranks):
+    # Chunks share memory. Both run both micro-batches before the first backward; the second one's
+    # inputs are the schedule's.
+    assert ranks[0]["virtual pipeline"][1]["peak"] == 4 * KEPT - 2 * INPUT
     first, last = (found["pipeline"][1]["peak"] for found in ranks)
     # 1F1B: the first rank has two micro-batches in flight, and the last one. The input of the
     # last one's first layer stays: the schedule holds it.

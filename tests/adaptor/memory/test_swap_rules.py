@@ -51,7 +51,9 @@ REFUSED = [
     ({"swap_modules": "self_attention"}, "--swap-modules names what --swap-attention swaps"),
     ({"swap_depth": 2}, "nothing is swapped"),
     ({"swap_min_bytes": 0}, "nothing is swapped"),
+    ({"swap_host_bytes": 1 << 30}, "nothing is swapped"),
     ({**SWAP, "swap_depth": -1}, "must be 0 or more"),
+    ({**INPUTS, "swap_host_bytes": 0}, "--swap-host-bytes more than 0"),
 ]
 
 

@@ -47,6 +47,7 @@ class MemorySettings:
         swap_inputs: what full recomputation keeps goes to the host.
         swap_depth: over how many layers' time copies may stretch.
         swap_min_bytes: smaller tensors stay.
+        swap_host_bytes: most bytes on the host, of all chunks of a process; None for any.
         mlp_layers: layers of a pipeline rank whose MLP is recomputed beside that.
     """
 
@@ -60,6 +61,7 @@ class MemorySettings:
     swap_inputs: bool = False
     swap_depth: int = 1
     swap_min_bytes: int = SWAP_MIN_BYTES
+    swap_host_bytes: int | None = None
     mlp_layers: int = 0
 
 
@@ -107,6 +109,7 @@ def _swapping(values: Mapping[str, Any]) -> dict[str, Any]:
         "swap_inputs": inputs,
         "swap_depth": values.get("swap_depth", 1),
         "swap_min_bytes": values.get("swap_min_bytes", SWAP_MIN_BYTES),
+        "swap_host_bytes": values.get("swap_host_bytes"),
         "mlp_layers": number or 0,
     }
 

@@ -92,6 +92,11 @@ FEATURE = Feature(
             default=SWAP_MIN_BYTES,
             help="Saved tensors smaller than this stay on the device",
         ),
+        Flag(
+            "--swap-host-bytes",
+            type="int",
+            help="Host memory that the swapped tensors of a rank may take",
+        ),
     ),
     rules=(
         *_CONFLICTS,
@@ -112,16 +117,20 @@ FEATURE = Feature(
         ),
         Rule(
             kind="requires",
-            left=f"swap_depth != 1 or swap_min_bytes != {SWAP_MIN_BYTES}",
+            left=f"swap_depth != 1 or swap_min_bytes != {SWAP_MIN_BYTES}"
+            " or swap_host_bytes is not None",
             right=_ANY,
-            text="--swap-depth and --swap-min-bytes are about swapping, and nothing is swapped",
+            text="--swap-depth, --swap-min-bytes and --swap-host-bytes are about swapping, and"
+            " nothing is swapped",
             suggestion="Give --swap-attention or --swap-layer-input, or leave them out.",
         ),
         Rule(
             kind="requires",
             left=_ANY,
-            right="swap_depth >= 0 and swap_min_bytes >= 0",
-            text="--swap-depth and --swap-min-bytes must be 0 or more",
+            right="swap_depth >= 0 and swap_min_bytes >= 0"
+            " and (swap_host_bytes is None or swap_host_bytes > 0)",
+            text="--swap-depth and --swap-min-bytes must be 0 or more, --swap-host-bytes more than"
+            " 0",
         ),
     ),
     packages=("ms-memory",),

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from mindspeed.features.memory.session import open_sessions
 from mindspeed.features.memory.settings import MemorySettings
 from mindspeed.features.memory.swap_layers import first_layers, swapped_layers
 from mindspeed.features.ops.rope_function import tables_of
 from ms_memory import Session
 from ms_memory.errors import refuse
 from ms_memory.stages import Holder
-from ms_memory.swap import inside, install
+from ms_memory.swap import HostPool, inside, install
 from ms_memory.swap.prefetch import Choice
 
 
@@ -33,11 +34,12 @@ def attention(session: Session, block: Any, settings: MemorySettings) -> None:
 
     Raises:
         MemoryFeatureError: E-M10, another feature moves saved tensors; in the first forward E-M22,
-            all of them are smaller than `swap_min_bytes`.
+            all of them are smaller than `swap_min_bytes`; in any E-M32, `swap_host_bytes` are out.
     """
     if not settings.swap_parts:
         return
     _refuse_other_owners(block)
+    _share_host(session, settings)
     layers, place = _attending(block)
     names: list[str] = []
     for i in swapped_layers(settings.swap_layers, len(layers), last=block.post_process, **place):
@@ -74,6 +76,7 @@ def inputs(session: Session, block: Any, settings: MemorySettings) -> None:
     if not settings.swap_inputs or not len(block.layers):
         return
     _refuse_other_owners(block)
+    _share_host(session, settings)
     path, kept = session.path(block), _kept_by_others(session, block)
     session.claim(block, "swap", "inputs of recomputed layers")
     ended = _Ended()
@@ -108,6 +111,13 @@ def _refuse_other_owners(block: Any) -> None:
     for name in ("cpu_offloading", "fine_grained_activation_offloading"):
         if getattr(block.config, name, False):
             refuse("E-M10", f"swapping and {name} of the configuration", "leave one of them out")
+
+
+def _share_host(session: Session, settings: MemorySettings) -> None:
+    """Let the chunks of a process, which share their device, share memory on the host as well."""
+    others = [other for other in open_sessions() if other.device is session.device]
+    pools = [other.host for other in others if "host" in vars(other)]
+    session.host = pools[0] if pools else HostPool(session.device, settings.swap_host_bytes)
 
 
 class _Large:
