@@ -78,7 +78,7 @@ def test_plan_takes_the_level_from_megatrons_arguments(capsys):
     [
         (["plan", "--", "--no-such-flag"], 2, "unknown flag --no-such-flag"),
         (["plan", "--", "--num-layer", "4"], 2, "did you mean '--num-layers'"),
-        (["plan", "--", "--swap-attention"], 2, "planned but not built yet"),
+        (["plan", "--", "--use-nanopipe-swap"], 2, "planned but not built yet"),
         (["plan", "--", "--jit-compile"], 2, "is not supported"),
         (["plan", "--", "stray"], 2, "belong to no flag: stray"),
         (["plan", "--num-layers", "4"], 2, "unrecognized arguments"),
@@ -124,8 +124,8 @@ def test_features_lists_built_and_planned_ones(capsys):
     rows = {row["feature"]: row for row in json.loads(out)}
     assert rows["level0.norm"]["status"] == "built"
     assert rows["level0.norm"]["patches"] == 1
-    assert rows["memory.swap_activations"]["status"] == "planned"
-    assert rows["memory.swap_activations"]["flags"] == ["--swap-attention", "--swap-modules"]
+    assert rows["pipeline.recompute"]["status"] == "planned"
+    assert rows["pipeline.recompute"]["flags"] == ["--recompute-in-bubble", "--recompute-in-advance"]
 
 
 def test_flags_as_json_hold_every_row(capsys):

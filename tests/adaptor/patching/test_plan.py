@@ -182,11 +182,11 @@ def test_every_problem_is_reported_at_once(lab):
 
 
 def test_planned_and_dropped_flags_in_a_configuration_are_problems():
-    config = {"swap_attention": True, "jit_compile": True, "num_layers": 4}
+    config = {"use_nanopipe_swap": True, "jit_compile": True, "num_layers": 4}
     with pytest.raises(PlanError) as caught:
         plan(config, level=0)
     text = str(caught.value)
-    assert "--swap-attention is planned but not built yet" in text
+    assert "--use-nanopipe-swap is planned but not built yet" in text
     assert "--jit-compile is not supported: call torch_npu" in text
     assert len(caught.value.problems) == 2
 
