@@ -99,7 +99,8 @@ def attend_backward(
     dout, q, k, v, out = _unrounded(*tensors)
     kv_shapes = (k.shape, v.shape)
     more = (0, dout.shape[-1] - out.shape[-1])
-    v, out = pad(v, more), pad(out, more, value=1.0)
+    if any(more):  # Without it `pad` would copy.
+        v, out = pad(v, more), pad(out, more, value=1.0)
     k, v = (_expanded(t, how.expand) for t in (k, v))
     options = _options(call, how)
     if call.cu_q is None:
