@@ -159,6 +159,38 @@ def test_ties_take_fewer_host_bytes():
     assert solve(chain([Layer("a", options)]), 10).host == 4
 
 
+def test_worked_example():
+    """A layer of Llama-7B at 8192 tokens, in MiB and us: at a quarter of its bytes nothing that
+    has a matrix product is computed again; what is cheap to compute is, and the rest is swapped
+    as far as it hides."""
+    whole, mib = 1028, 40  # us to copy a MiB at 25 GB/s
+    again = {"norms": (128, 170), "activation": (172, 340), "mlp": (516, 10_200)}
+    again |= {"attention": (256, 9_200), "all": (964, 25_800)}
+    sets = [(), ("norms",), ("activation",), ("norms", "activation"), ("mlp",), ("norms", "mlp")]
+    sets += [("attention",), ("norms", "activation", "attention"), ("all",)]
+    swaps = {"attention": 256, "mlp": 344, "attention and mlp": 600}
+    options = []
+    for names in sets:
+        held = whole - sum(again[name][0] for name in names)
+        time = sum(again[name][1] for name in names)
+        some = {k: n for k, n in swaps.items() if not {"attention", "mlp", "all"} & set(names)}
+        for swapped, out in {"": 0, **some}.items():
+            options.append(
+                LayerOption(
+                    " + ".join([*names, *(["swap " + swapped] if swapped else [])]) or "keep",
+                    held - out, whole, whole, out, time, out * mib, out * mib, host=out,
+                )
+            )  # fmt: skip
+    layers = [Layer(f"l{i}", tuple(options), 1, 25_800, 51_600) for i in range(32)]
+    plan = solve(chain(layers), 32 * whole // 4 + 2 * whole, explain=False, time_limit=60)
+    assert plan.proven
+    done = {name for d in plan.decisions[1:-1] for name in d.option.name.split(" + ")}
+    assert done <= {"keep", "norms", "activation", "swap attention", "swap attention and mlp"} | {
+        "swap mlp"
+    }
+    assert plan.time < 32 * (170 + 340 + 1000)
+
+
 def test_shadow_price_signs():
     problem = chain([layer(f"layer {i}", cost=i + 1) for i in range(8)])
     plan = solve(problem, 480)

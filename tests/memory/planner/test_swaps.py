@@ -76,7 +76,7 @@ def test_profile_times_and_copies(profiled):
     layer = profiled[2].layers[1]
     assert (layer.forward_time, layer.backward_time) == (NS, 2 * NS)
     options = {o.name: o for o in layer.options}
-    assert len(options) == 40
+    assert len(options) == 44
     assert options["recompute"].time == NS
     assert options["norms + activation"].time == options["keep"].time == 0
     swap, both = options["swap"], options["norms + activation + swap attention"]

@@ -159,7 +159,7 @@ def _with_swaps(
         combination, run = by_label[option.name]
         inside = [(module, n) for module, n in run.saved if within(module, layer.name)]
         for one in swaps(combination, parts):
-            paths = one.swapped[0].find(model, layer.name)
+            paths = [path for part in one.swapped for path in part.find(model, layer.name)]
             sizes = [n for module, n in inside if any(within(module, path) for path in paths)]
             if sizes:
                 made.append(_swapped(option, one, layer.name, sizes, layer.name == last, rates))

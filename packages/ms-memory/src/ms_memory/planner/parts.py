@@ -135,18 +135,17 @@ def combinations(parts: Sequence[Part], actions: Collection[str]) -> list[Combin
 
 
 def swaps(again: Combination, parts: Sequence[Part]) -> list[Combination]:
-    """Return what may wait on the host beside what is done again: a part, or all of the layer.
+    """Return what may wait on the host beside what is done again.
 
-    What is computed again has only its inputs to give, which is worth it for a whole layer.
+    One part, all parts without what lies between them, or all of the layer. What is computed again
+    has only its inputs to give, which is worth it for a whole layer.
     """
     taken = {part.name for part in again.again}
-    found = []
-    for part in parts:
-        whole = not part.name
-        hidden = part.name in taken or any(part.name in other.inside for other in again.again)
-        if part.swap and (whole or not hidden):
-            found.append(Combination(again.again, (part,)))
-    return found
+    hidden = taken | {name for part in again.again for name in part.inside}
+    some = [part for part in parts if part.swap and part.name and part.name not in hidden]
+    sets = [(part,) for part in some] + [tuple(some)] * (len(some) > 1)
+    sets += [(part,) for part in parts if part.swap and not part.name]
+    return [Combination(again.again, chosen) for chosen in sets]
 
 
 def install(

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..device import Device
+from ..stages import Holder
 from .modules import inside
 from .pool import HostPool
-from .prefetch import Choice, Prefetcher, _Forward, _Group, _in_backward
+from .prefetch import Choice, Prefetcher, _Forward, _Group, _in_backward, _Item
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -49,6 +50,12 @@ class Windows(Prefetcher):
         super().__init__(device, pool, choose, depth=1)
         self._places = {name: place for place, name in enumerate(layers)}
         self._number = number
+
+    def load(self, holder: Holder) -> Tensor | None:
+        """Return a storage that has left; None where it has not."""
+        # Where backward is, layers tell: what several share, the first one's storages hold.
+        item: _Item | None = holder.state.get(self)
+        return item.get() if item is not None and item.released else None
 
     def follow(self, model: nn.Module) -> RemovableHandle:
         """See where layers end; returns what stops that for the end of forward."""
