@@ -85,7 +85,7 @@ MUTANTS = [
             ("matmul_all_reduce_add_rms_norm", "gradient of y lost",
              f"{PORTABLE}:add_norm_backward", "wide += dy", "pass"),
             ("matmul_all_reduce_add_rms_norm_", "residual not written",
-             f"{PORTABLE}:add_norm_in_place", "residual.copy_(y)", "pass"),
+             "ms_ops.fused_comm.add_norm:in_place", "residual.copy_(y)", "pass"),
             ("grouped_matmul_all_reduce", "missing reduce", f"{PORTABLE}:grouped",
              "y = sum_ranks(", "y = (lambda y, _: y)("),
             ("grouped_matmul_all_reduce", "bias of the next group", f"{PORTABLE}:add_group_bias",

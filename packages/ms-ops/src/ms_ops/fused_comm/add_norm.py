@@ -7,6 +7,7 @@ dW = x^T dtotal, dbias = sum over the rows of dtotal: backward sends nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,6 +154,19 @@ def prepare_in_place(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     if _readable(x) and _readable(residual) and _overlap(x, residual):
         fail(ValueError, IN_PLACE, "residual", "memory that x uses too", "memory of its own")
     return prepared
+
+
+def in_place(
+    add_norm: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    *rest: object,
+) -> Tensor:
+    """Run a backend's `add_norm`, write y into the residual and return normed."""
+    y, normed, _ = add_norm(x, weight, residual, *rest)
+    residual.copy_(y)
+    return normed
 
 
 def _readable(tensor: Tensor) -> bool:

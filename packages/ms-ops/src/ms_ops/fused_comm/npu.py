@@ -8,6 +8,7 @@ scatter take no bias; where the one that sums over all ranks takes one, it would
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from ..matmul import npu as groups
 from ..norm import npu as norm
 from ..registry import Backend, Facts, Kernel
 from . import portable
+from .add_norm import in_place
 from .collectives import start_gather, start_scatter, sum_ranks, there
 from .groups import group_of
 
@@ -133,23 +135,6 @@ def add_norm(
         total, upcast(residual).contiguous(), upcast(gamma).contiguous(), epsilon=eps
     )
     return y.to(x.dtype), normed.to(x.dtype), rstd
-
-
-def add_norm_in_place(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    transposed: bool,
-    group: str,
-    size: int,
-) -> Tensor:
-    """Write y into the residual and return normed."""
-    y, normed, _ = add_norm(x, weight, residual, gamma, bias, eps, transposed, group, size)
-    residual.copy_(y)
-    return normed
 
 
 def add_norm_backward(
@@ -270,7 +255,7 @@ BACKEND = Backend(
         "matmul_reduce_scatter": Kernel(product, product_backward, _supports),
         "all_gather_matmul_reduce_scatter": Kernel(product, product_backward, _supports),
         "matmul_all_reduce_add_rms_norm": Kernel(add_norm, add_norm_backward, _supports),
-        "matmul_all_reduce_add_rms_norm_": Kernel(add_norm_in_place, supports=_supports),
+        "matmul_all_reduce_add_rms_norm_": Kernel(partial(in_place, add_norm), supports=_supports),
         "grouped_matmul_all_reduce": Kernel(grouped, grouped_backward, npu.declines),
     },
     npu.available,

@@ -17,6 +17,7 @@ from ..matmul.grouped import sum_groups
 from ..norm import portable as norm
 from ..registry import Backend, Kernel
 from .activations import activate, activate_backward
+from .add_norm import in_place
 from .collectives import Pending, exchange, start_gather, start_scatter, sum_ranks
 from .layout import gathered_rows, scattered_rows
 
@@ -89,23 +90,6 @@ def add_norm(
         wide += bias
     normed, rstd = norm.forward(wide, gamma, eps, 0.0, "fp32")
     return wide.to(x.dtype), normed.to(x.dtype), rstd
-
-
-def add_norm_in_place(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    transposed: bool,
-    group: str,
-    size: int,
-) -> Tensor:
-    """Write y into the residual and return normed."""
-    y, normed, _ = add_norm(x, weight, residual, gamma, bias, eps, transposed, group, size)
-    residual.copy_(y)
-    return normed
 
 
 def add_norm_backward(
@@ -342,7 +326,7 @@ BACKEND = Backend(
         "matmul_reduce_scatter": Kernel(product, product_backward),
         "all_gather_matmul_reduce_scatter": Kernel(product, product_backward),
         "matmul_all_reduce_add_rms_norm": Kernel(add_norm, add_norm_backward),
-        "matmul_all_reduce_add_rms_norm_": Kernel(add_norm_in_place),
+        "matmul_all_reduce_add_rms_norm_": Kernel(partial(in_place, add_norm)),
         "grouped_matmul_all_reduce": Kernel(grouped, grouped_backward),
         "alltoall_allgather_bmm": Kernel(dispatch, dispatch_backward),
         "bmm_reducescatter_alltoall": Kernel(combine, combine_backward),

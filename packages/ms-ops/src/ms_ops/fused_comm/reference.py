@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed._functional_collectives
@@ -13,6 +14,7 @@ from ..matmul import reference as groups
 from ..norm import reference as norm
 from ..registry import Backend, Kernel
 from .activations import activate, activate_backward
+from .add_norm import in_place
 from .groups import group_of
 
 
@@ -81,13 +83,6 @@ def add_norm(
     wide = wide if bias is None else wide + bias
     normed, rstd = norm.forward(wide, gamma, eps, 0.0, "fp32")
     return wide.to(x.dtype), normed.to(x.dtype), rstd
-
-
-def add_norm_in_place(x: Tensor, weight: Tensor, residual: Tensor, *rest: object) -> Tensor:
-    """Write y into the residual and return normed."""
-    y, normed, _ = add_norm(x, weight, residual, *rest)  # type: ignore[arg-type]
-    residual.copy_(y)
-    return normed
 
 
 def add_norm_backward(
@@ -292,7 +287,7 @@ BACKEND = Backend(
         "matmul_reduce_scatter": Kernel(product, product_backward),
         "all_gather_matmul_reduce_scatter": Kernel(product, product_backward),
         "matmul_all_reduce_add_rms_norm": Kernel(add_norm, add_norm_backward),
-        "matmul_all_reduce_add_rms_norm_": Kernel(add_norm_in_place),
+        "matmul_all_reduce_add_rms_norm_": Kernel(partial(in_place, add_norm)),
         "grouped_matmul_all_reduce": Kernel(grouped, grouped_backward),
         "alltoall_allgather_bmm": Kernel(dispatch, dispatch_backward),
         "bmm_reducescatter_alltoall": Kernel(combine, combine_backward),
