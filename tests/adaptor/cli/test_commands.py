@@ -125,7 +125,10 @@ def test_features_lists_built_and_planned_ones(capsys):
     assert rows["level0.norm"]["status"] == "built"
     assert rows["level0.norm"]["patches"] == 1
     assert rows["pipeline.recompute"]["status"] == "planned"
-    assert rows["pipeline.recompute"]["flags"] == ["--recompute-in-bubble", "--recompute-in-advance"]
+    assert rows["pipeline.recompute"]["flags"] == [
+        "--recompute-in-bubble",
+        "--recompute-in-advance",
+    ]
 
 
 def test_flags_as_json_hold_every_row(capsys):

@@ -195,40 +195,6 @@ def test_a_returned_parameter_stays_a_leaf_and_gets_its_gradient():
     assert on_megatron(returned_parameter) == (False, True, [3.0, 3.0], [2.0, 2.0])
 
 
-def uniform_groups(rank, world_size):
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.transformer_block import TransformerBlock
-
-    parallel_state.initialize_model_parallel()
-    options = {"use_cpu_initialization": True, "bias_dropout_fusion": False}
-    config = TransformerConfig(num_layers=3, hidden_size=8, num_attention_heads=1, **options)
-    model_parallel_cuda_manual_seed(1)
-    block = TransformerBlock(config, get_gpt_layer_local_spec())
-
-    def gradients():
-        block.zero_grad()
-        model_parallel_cuda_manual_seed(1)
-        torch.manual_seed(2)
-        block(torch.randn(4, 1, 8, requires_grad=True), None).square().sum().backward()
-        return [p.grad.clone() for p in block.parameters()]
-
-    plain = gradients()
-    config.recompute_granularity, config.recompute_method = "full", "uniform"
-    config.recompute_num_layers = 2
-    before = outcome(gradients)
-    with repaired():
-        after = gradients()
-    config.recompute_method = None
-    return before, all(map(torch.equal, plain, after)), outcome(lambda: block._get_layer(3))
-
-
-def test_uniform_groups_that_do_not_divide_the_layers():
-    assert on_megatron(uniform_groups) == ("IndexError", True, "IndexError")
-
-
 # The fused cross entropy rounds gradients to bfloat16.
 
 

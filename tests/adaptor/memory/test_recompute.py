@@ -295,6 +295,46 @@ def test_latent_attention_streams_and_undo():
     assert saved == W * S * B * (F + 2 * (H + 1))
 
 
+def uniform_groups(rank, world_size):
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    import mindspeed
+
+    parallel_state.initialize_model_parallel()
+    options = {"use_cpu_initialization": True, "bias_dropout_fusion": False}
+    config = TransformerConfig(num_layers=3, hidden_size=8, num_attention_heads=1, **options)
+    model_parallel_cuda_manual_seed(1)
+    block = TransformerBlock(config, get_gpt_layer_local_spec())
+
+    def gradients():
+        block.zero_grad()
+        model_parallel_cuda_manual_seed(1)
+        torch.manual_seed(2)
+        block(torch.randn(4, 1, 8, requires_grad=True), None).square().sum().backward()
+        return [p.grad.clone() for p in block.parameters()]
+
+    method = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    numbered = {**method, "recompute_num_layers": 2}
+    vars(config).update(numbered)
+    with pytest.raises(IndexError):
+        gradients()
+    with mindspeed.activate(numbered, level=2):
+        found = gradients()
+        vars(config).update(dict.fromkeys(numbered))
+        with pytest.raises(IndexError):
+            block._get_layer(3)
+        return same(gradients(), found)
+
+
+def test_uniform_groups_that_do_not_divide_the_layers():
+    assert run_ranks(uniform_groups, 1, preload="megatron") == [True]
+
+
 FOUR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 OPTIMIZER = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}

@@ -47,6 +47,7 @@ FEATURE_MODULES: tuple[str, ...] = (
     "mindspeed.features.memory.session",
     "mindspeed.features.memory.swap",
     "mindspeed.features.memory.swap_inputs",
+    "mindspeed.features.memory.uniform",
     "mindspeed.features.memory.weights",
     "mindspeed.features.ops.alibi",
     "mindspeed.features.ops.attention",

@@ -1,4 +1,4 @@
-"""Three defects of Megatron's activation recomputation."""
+"""Two defects of Megatron's activation recomputation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 from mindspeed.patching.records import Feature, Patch
 
 _RANDOM = "megatron.core.tensor_parallel.random"
-_BLOCK = "megatron.core.transformer.transformer_block:TransformerBlock"
 _HERE = "mindspeed.features.level0.recompute"
 
 FEATURE = Feature(
     name="level0.recompute",
     level=0,
     doc="Selective recomputation works without TransformerEngine; recomputing an MLP that "
-    "returns its bias does not keep every past graph alive; the last of the uniform groups may be "
-    "shorter than the others.",
+    "returns its bias does not keep every past graph alive.",
     patches=(
         Patch(
             target=f"{_RANDOM}:CheckpointWithoutOutput.__init__",
@@ -34,13 +32,6 @@ FEATURE = Feature(
             probe=f"{_HERE}:returns_parameters",
             reason="A Parameter returned by the function becomes the Function's own output: no "
             "longer a leaf, holding the graph of every step so far.",
-        ),
-        Patch(
-            target=f"{_BLOCK}._get_layer",
-            kind="wrap",
-            value=f"{_HERE}:wrap_get_layer",
-            reason="Uniform recomputation asks for layers beyond the last where its groups do not "
-            "divide the layers.",
         ),
     ),
 )
@@ -85,31 +76,3 @@ def wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(map(alias, outputs)) if isinstance(outputs, tuple) else alias(outputs)
 
     return forward
-
-
-class NoLayer:
-    """Stands for a layer beyond the last: it returns what it is given.
-
-    Args:
-        layer_number: of the last layer.
-    """
-
-    def __init__(self, layer_number: int) -> None:
-        self.layer_number = layer_number
-
-    def __call__(self, hidden_states: Any, context: Any = None, **_: Any) -> tuple[Any, Any]:
-        """Return the hidden states and the context unchanged."""
-        return hidden_states, context
-
-
-def wrap_get_layer(original: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-    """Fill the last group of uniform recomputation with layers that do nothing."""
-
-    @functools.wraps(original)
-    def get_layer(self: Any, layer_number: int) -> Any:
-        beyond = layer_number >= len(self.layers)
-        if beyond and len(self.layers) and self.config.recompute_method == "uniform":
-            return NoLayer(self.layers[-1].layer_number)
-        return original(self, layer_number)
-
-    return get_layer
