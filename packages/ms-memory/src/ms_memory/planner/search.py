@@ -40,7 +40,20 @@ def cheapest(table: Table, rooms: Sequence[int], late: Callable[[], bool]) -> Fo
     if found.picks is None:
         return found
     picks = tuple(kept[pick] for kept, pick in zip(places, found.picks, strict=True))
-    return replace(found, picks=picks)
+    return replace(found, picks=_left_alone(table, rooms, picks))
+
+
+def _left_alone(table: Table, rooms: Sequence[int], picks: Picks) -> Picks:
+    """Return a plan that costs the same, with sites as they are unplanned where there is room."""
+    now, used = list(picks), table.used(picks)
+    for site, (uses, costs) in enumerate(zip(table.uses, table.costs, strict=True)):
+        if costs[0] > costs[now[site]]:
+            continue
+        pairs = zip(used, uses[now[site]], uses[0], strict=True)
+        tried = [total - old + new for total, old, new in pairs]
+        if all(total <= room for total, room in zip(tried, rooms, strict=True)):
+            now[site], used = 0, tried
+    return tuple(now)
 
 
 def _cheapest(table: Table, rooms: Sequence[int], late: Callable[[], bool]) -> Found:
