@@ -13,6 +13,7 @@ from ms_ops import fused_adamw_
 from ..errors import refuse
 from .bits import Rounding
 from .packed import PackedMaster, Slice
+from .shards import divided_as, local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -79,7 +80,7 @@ class PackedAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         packed = PackedMaster(group["params"], rounding=self.rounding, block=self.block)
         self.packed.append(packed)
-        self._places.update({p: (packed, local) for local, p in enumerate(group["params"])})
+        self._places.update({p: (packed, index) for index, p in enumerate(group["params"])})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -110,15 +111,15 @@ class PackedAdamW(torch.optim.Optimizer):
         groups, number = [], 0
         # What belongs to no parameter keeps its key, as in torch's own.
         state: dict[Any, Any] = {k: v for k, v in self.state.items() if not isinstance(k, Tensor)}
-        for group, packed in zip(self.param_groups, self.packed, strict=True):
+        for group in self.param_groups:
             indices = range(number, number + len(group["params"]))
             number += len(indices)
             rest = {k: v for k, v in group.items() if k != "params"}
             groups.append({**rest, "params": list(indices)})
-            for local, index in enumerate(indices):
-                state[index] = dict(self.state.get(group["params"][local], {}))
+            for p, index in zip(group["params"], indices, strict=True):
+                state[index] = dict(self.state.get(p, {}))
                 if not self.masters_apart:
-                    state[index]["master"] = packed.master(local)
+                    state[index]["master"] = self.master(p)
         return {"state": state, "param_groups": groups}
 
     @torch.no_grad()
@@ -145,13 +146,13 @@ class PackedAdamW(torch.optim.Optimizer):
 
     def master(self, p: Tensor) -> Tensor:
         """Return a copy of the masters of a parameter, fp32 in its shape."""
-        packed, local = self._places[p]
-        return packed.master(local)
+        packed, index = self._places[p]
+        return packed.master(index)
 
     def set_master(self, p: Tensor, master: Tensor) -> None:
         """Store the masters of a parameter, of its shape; its weights follow from them."""
-        packed, local = self._places[p]
-        packed.set_master(local, master.to(p.device))
+        packed, index = self._places[p]
+        packed.set_master(index, master.to(p.device))
 
     def create_states(self) -> None:
         """Give each parameter without one the state that its first step starts from."""
@@ -166,7 +167,7 @@ class PackedAdamW(torch.optim.Optimizer):
     def nbytes(self) -> int:
         """Return the bytes held beside weights and gradients."""
         moments = (t for s in self.state.values() for k, t in s.items() if k in _MOMENTS)
-        held = sum(int(t.numel() * t.element_size()) for t in moments)
+        held = sum(int(local(t).numel() * t.element_size()) for t in moments)
         return held + sum(packed.nbytes() for packed in self.packed)
 
     def _load(self, p: Tensor, kept: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ class PackedAdamW(torch.optim.Optimizer):
             state = self._state(p)
             state["step"] = torch.as_tensor(kept["step"], dtype=torch.float32).clone()
             for name in _MOMENTS:
-                state[name].copy_(kept[name])
+                local(state[name]).copy_(local(kept[name]))
         if "master" in kept:
             self.set_master(p, kept["master"])
 
@@ -184,14 +185,15 @@ class PackedAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in _MOMENTS:
-                state[name] = torch.zeros(p.shape, dtype=self.state_dtype, device=p.device)
+                zeros = torch.zeros(local(p).shape, dtype=self.state_dtype, device=p.device)
+                state[name] = divided_as(zeros, p)
         return state
 
     def _counted(self, params: list[Tensor]) -> dict[float, list[int]]:
         """Count a step of each parameter with a gradient; return them by their step."""
         together: dict[float, list[int]] = {}
         for index, p in enumerate(params):
-            if _gradient(p) is None or not p.numel():
+            if _gradient(p) is None or not local(p).numel():
                 continue
             step = self._state(p)["step"]
             step += 1
@@ -237,4 +239,4 @@ def _gradient(p: Tensor) -> Tensor | None:
 
 def _flat(tensor: Tensor | None, piece: Slice) -> Tensor:
     assert tensor is not None
-    return tensor.detach().reshape(-1)[piece.start : piece.stop]
+    return local(tensor.detach()).reshape(-1)[piece.start : piece.stop]

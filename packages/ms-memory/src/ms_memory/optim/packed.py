@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import refuse
 from .bits import ROUNDINGS, Rounding, join, split_
+from .shards import divided_as, local
 
 # Elements whose fp32 copy exists at one time: 4 MiB stay in a processor's cache, 64 MiB keep an
 # accelerator busy.
@@ -44,7 +45,7 @@ class PackedMaster:
 
     Args:
         params: bf16 parameters or slices of flat buffers, contiguous, on one device, none
-            overlapping another.
+            overlapping another. Of DTensors this rank's parts are packed.
         rounding: how a weight follows from its master: "rna" rounds halves away from zero,
             "rne" is `master.to(torch.bfloat16)` and costs a few bytes in 100,000 parameters more,
             and on an accelerator one wait a block to learn how many ties there are.
@@ -71,14 +72,15 @@ class PackedMaster:
         self.rounding = rounding
         device = self.params[0].device if self.params else torch.device("cpu")
         self.block = block or BLOCKS.get(device.type, BLOCK)
-        _check_params(self.params)
+        self._parts = [local(p).detach() for p in self.params]
+        _check_params(self._parts)
         # One buffer for all parameters, so that a step over many small ones is few operations.
-        self._offsets = [0, *accumulate(p.numel() for p in self.params)]
+        self._offsets = [0, *accumulate(p.numel() for p in self._parts)]
         self.residue = torch.zeros(self._offsets[-1], dtype=torch.int16, device=device)
         # Places in that buffer, ascending.
         self._ties = torch.empty(0, dtype=torch.int64, device=device)
-        self._versions = [p._version for p in self.params]
-        self._families = _families(self.params)
+        self._versions = [self._version(index) for index in range(len(self.params))]
+        self._families = _families(self._parts)
         self._joined = False
 
     def runs(self, chosen: Sequence[int] | None = None) -> Iterator[list[Slice]]:
@@ -90,7 +92,7 @@ class PackedMaster:
         run: list[Slice] = []
         room = self.block
         for index in range(len(self.params)) if chosen is None else chosen:
-            start, numel = 0, self.params[index].numel()
+            start, numel = 0, self._parts[index].numel()
             while start < numel:
                 size = min(numel - start, room)
                 size -= size % ALIGN if start + size < numel else 0
@@ -138,7 +140,7 @@ class PackedMaster:
         """Take the weights as the masters: what they were rounded from is forgotten."""
         self.residue.zero_()
         self._ties = self._ties[:0]
-        self._versions = [p._version for p in self.params]
+        self._versions = [self._version(index) for index in range(len(self.params))]
 
     @contextmanager
     def masters(self) -> Iterator[list[Tensor]]:
@@ -164,14 +166,13 @@ class PackedMaster:
         """Return a copy of one parameter's masters, fp32 in its shape."""
         self._check_version(index)
         parts = [self.join(run) for run in self.runs([index])]
-        shape = self.params[index].shape
-        if not parts:
-            return torch.empty(shape, dtype=torch.float32, device=self.residue.device)
-        return torch.cat(parts).view(shape)
+        device = self.residue.device
+        flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device=device)
+        return divided_as(flat.view(self._parts[index].shape), self.params[index])
 
     def set_master(self, index: int, master: Tensor) -> None:
         """Store one parameter's masters, fp32 of its shape, any strides."""
-        flat = master.detach().to(torch.float32).reshape(-1).contiguous()
+        flat = local(master.detach()).to(torch.float32).reshape(-1).contiguous()
         for run in self.runs([index]):
             self.split_(run, flat[run[0].start : run[-1].stop])
         self._note_version(index)
@@ -197,22 +198,25 @@ class PackedMaster:
         return slice(first, last)
 
     def _weights(self, run: Sequence[Slice]) -> list[Tensor]:
-        flat = (self.params[piece.index].detach().view(-1) for piece in run)
+        flat = (self._parts[piece.index].view(-1) for piece in run)
         return [t[piece.start : piece.stop] for t, piece in zip(flat, run, strict=True)]
 
     def _check_version(self, index: int) -> None:
-        weight = self.params[index]
-        if weight._version != self._versions[index]:
+        if self._version(index) != self._versions[index]:
             refuse(
                 "E-M40",
-                f"parameter {index} of shape {tuple(weight.shape)}",
+                f"parameter {index} of shape {tuple(self.params[index].shape)}",
                 "write through `masters()`, or call `adopt_weights()` after loading weights",
             )
 
     def _note_version(self, index: int) -> None:
         # Slices of one buffer have one version counter.
         for member in self._families[index]:
-            self._versions[member] = self.params[member]._version
+            self._versions[member] = self._version(member)
+
+    def _version(self, index: int) -> tuple[int, int]:
+        # What is written through a DTensor does not count for its part, and the other way.
+        return self.params[index]._version, self._parts[index]._version
 
 
 def _families(params: Sequence[Tensor]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..device import Device, Event
 from ..errors import refuse
+from .shards import divided_as, local, same_memory
 
 MASTER = "master"  # name under which a parameter itself is kept
 
@@ -57,7 +58,7 @@ class Store:
         event = self.device.h2d.copy([(t.detach(), self._hosts[p][k]) for p, k, t in found])
         for p, key, tensor in found:
             if key != MASTER:
-                state[p][key] = tensor
+                state[p][key] = divided_as(tensor, p)
         return event
 
     def keep(self, params: Sequence[Tensor], state: Any) -> None:
@@ -69,13 +70,13 @@ class Store:
         """
         pairs = []
         for p in params:
-            for key, tensor in list(self.moved(p, state)):
-                known = self._hosts.get(p, {}).get(key)
-                if known is not tensor:
+            for key, value in list(self.moved(p, state)):
+                known, tensor = self._hosts.get(p, {}).get(key), local(value)
+                if known is None or not same_memory(known, tensor):
                     host = self.host(p, key, tensor)
                     pairs.append((host, tensor.detach()))
                     self._leaving.append(tensor)
-                    state[p][key] = host
+                    state[p][key] = divided_as(host, p)
             if self.masters and p.untyped_storage().nbytes():
                 pairs.append((self.host(p, MASTER, p), p.detach()))
                 self._emptied.append(p)
@@ -120,9 +121,9 @@ class Store:
         of_shape = value.shape == p.shape and key != "step"
         if not (of_shape if self.keys is None else key in self.keys):
             return False
-        if type(value) is not Tensor:
+        if type(local(value)) is not Tensor:
             got = f"state {key!r} of class {type(value).__name__}"
-            raise TypeError(f"Streamed: got {got}, need plain tensors: pass local shards")
+            raise TypeError(f"Streamed: got {got}, need plain tensors or DTensors of those")
         return True
 
     def host(self, p: Tensor, key: str, like: Tensor) -> Tensor:
@@ -146,13 +147,19 @@ class Store:
             (p, key, host)
             for p in params
             for key, host in self._hosts.get(p, {}).items()
-            if (p.untyped_storage().nbytes() == 0 if key == MASTER else state[p].get(key) is host)
+            if self._is_absent(p, key, host, state)
         ]
+
+    def _is_absent(self, p: Tensor, key: str, host: Tensor, state: Any) -> bool:
+        if key == MASTER:
+            return p.untyped_storage().nbytes() == 0
+        here = state[p].get(key)
+        return here is not None and same_memory(local(here), host)
 
 
 def nbytes_of(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+    """Return the bytes of a tensor's elements that this rank has."""
+    return local(tensor).numel() * tensor.element_size()
 
 
 def check_masters(params: Sequence[Tensor]) -> None:

@@ -15,6 +15,7 @@ from ..device import Device, Event, device_of, resolve
 from ..errors import refuse
 from .adamw import PackedAdamW
 from .bins import bins, peak
+from .shards import divided_as, local
 from .store import MASTER, Store, check_masters, nbytes_of
 
 Groups = list[dict[str, Any]]
@@ -33,6 +34,8 @@ class Streamed(torch.optim.Optimizer):
 
     Between steps `state` holds the tensors on the host, so that `state_dict()` copies nothing.
 
+    Of DTensors, as FSDP2 makes them, this rank's parts move; the states stay DTensors.
+
     Args:
         inner: any optimizer that updates each parameter by itself. Its parameter groups are shared,
             so that a scheduler may be given either of the two.
@@ -50,7 +53,7 @@ class Streamed(torch.optim.Optimizer):
         MemoryFeatureError: E-M10, the inner optimizer packs masters; E-M32, in a step, more than
             `host_bytes`.
         TypeError: the inner optimizer updates parameters together (LBFGS), or, in a step, a state
-            is a tensor of another class, such as a DTensor.
+            is a tensor of a class that is neither torch's own nor DTensor.
         ValueError: fewer than one group, or masters inside a larger storage.
         RuntimeError: the parameters are on the processor.
     """
@@ -202,7 +205,7 @@ class Streamed(torch.optim.Optimizer):
 
     def _parts(self) -> list[list[Tensor]]:
         params = self._params()
-        cut = bins([p.numel() for p in params], self.groups)
+        cut = bins([local(p).numel() for p in params], self.groups)
         return [[params[i] for i in indices] for indices in cut]
 
     def _nbytes(self, p: Tensor) -> int:
@@ -273,7 +276,8 @@ class Streamed(torch.optim.Optimizer):
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         if self.residence == "host" and self._store.moves(p, key, value):
-            return self._store.host(p, key, value).copy_(value)
+            part = local(value)
+            return divided_as(self._store.host(p, key, part).copy_(part), p)
         on_device = key != "step" or group.get("capturable") or group.get("fused")
         return value.detach().to(p.device if on_device else value.device, copy=True)
 
