@@ -4,12 +4,13 @@ Whoever adds a feature adds a row to `FEATURES` for it, and its pairs to `REFUSE
 """
 
 import itertools
-import re
 
 import pytest
 
+import mindspeed
 from mindspeed.features import load_features
 from mindspeed.features.flags import flag_rows
+from support.memory_runs import config
 from support.ranks import run_ranks
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -49,8 +50,8 @@ REFUSED = {
     },
     "E-M15": {("optimizer", "packed")},
 }
-# They change nothing by themselves: what others share, rules, a line that is logged.
-SHARED = {"memory.session", "memory.weights", "memory.conflicts", "memory.pools"}
+# No features by themselves: what others share, rules, a line that is logged, a repair of "full".
+SHARED = {f"memory.{name}" for name in ("session", "weights", "conflicts", "pools", "uniform")}
 PAIRS = list(itertools.combinations(FEATURES, 2))
 
 
@@ -72,18 +73,14 @@ def every_pair(rank, world_size, pairs):
     from support.memory_runs import train
 
     def run(options):
-        try:
-            return train({"num_layers": 2, **options})["parameters"]
-        except (ValueError, RuntimeError) as error:
-            return re.findall(r"E-M\d\d", str(error)) or repr(error)
+        return train({"num_layers": 2, "global_batch_size": 1, **options})["parameters"]
 
     plain, found = {}, {}
-    for first, second in pairs:
-        key = str(sorted(base(first, second).items()))
+    for pair in pairs:
+        key = str(sorted(base(*pair).items()))
         if key not in plain:
-            plain[key] = run(base(first, second))
-        got = run(together(first, second))
-        found[first, second] = "equal" if got == plain[key] else got
+            plain[key] = run(base(*pair))
+        found[pair] = run(together(*pair)) == plain[key]
     return found
 
 
@@ -93,32 +90,35 @@ def built():
     return {name for name, (flags, _) in FEATURES.items() if not flags.keys() & planned}
 
 
+def expected(pair):
+    """The code that refuses a pair, None where it trains."""
+    codes = [code for code, pairs in REFUSED.items() if {pair, pair[::-1]} & pairs]
+    assert len(codes) <= 1
+    return codes[0] if codes else None
+
+
 @pytest.fixture(scope="module")
 def found():
     here = built()
-    pairs = [p for p in PAIRS if together(*p) is not None and here.issuperset(p)]
+    pairs = [p for p in PAIRS if expected(p) is None and here.issuperset(p)]
     env = {"MS_MEMORY_SIM": "late"}
     (got,) = run_ranks(every_pair, 1, pairs, preload="megatron", env=env, timeout=180)
     return got
 
 
-def expected(pair):
-    codes = [code for code, pairs in REFUSED.items() if {pair, pair[::-1]} & pairs]
-    return codes or ["equal"]
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_all_pairs(found, pair):
-    assert len(expected(pair)) == 1
-    (wanted,) = expected(pair)
-    if together(*pair) is None:
-        assert wanted == "one flag, two values"
-    elif not built().issuperset(pair):
+    code = expected(pair)
+    both = together(*pair)
+    assert (both is None) == (code == "one flag, two values")
+    if both is None or not built().issuperset(pair):
         assert pair not in found
-    elif wanted == "equal":
-        assert found[pair] == "equal"
+    elif code is None:
+        assert found[pair]
     else:
-        assert wanted in found[pair]
+        # Before any process starts.
+        with pytest.raises(mindspeed.PlanError, match=code):
+            mindspeed.plan(config(both).plan_values(), level=2)
 
 
 def test_every_feature_has_a_row():
