@@ -36,6 +36,8 @@ from support.held_masters import (
     weights,
     whole,
 )
+from support.mutation import Mutation
+from support.ranks import RankError
 
 
 def trained(options, flags, steps):
@@ -85,6 +87,10 @@ def check_100_steps(rank, world_size):
 
 def test_trajectory_100():
     run(check_100_steps, 1)
+
+
+def test_bytes_per_param():
+    run(check_trajectory, 1, {}, 2)
 
 
 @pytest.mark.megatron014
@@ -340,6 +346,30 @@ def adopt(trainer):
 
 def test_undivided():
     run(check_undivided, 1)
+
+
+LOADED_WEIGHTS_STAY = Mutation(
+    "loaded masters are left out",
+    "mindspeed.features.memory.optim_megatron:HeldFloat16Optimizer.load_state_dict",
+    "self.optimizer.set_master(p, master.data)",
+    "pass",
+)
+TIES_LOST = Mutation(
+    "ties are forgotten",
+    "ms_memory.optim.packed:PackedMaster.split_",
+    "self._ties = torch.cat(kept)",
+    "self._ties = self._ties[:0]",
+)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "check"),
+    [(LOADED_WEIGHTS_STAY, check_undivided), (TIES_LOST, check_100_steps)],
+    ids=["load", "ties"],
+)
+def test_mistakes_are_caught(mistake, check):
+    with pytest.raises(RankError, match="AssertionError"):
+        run(check, 1, mutate=[mistake])
 
 
 def check_skipped(rank, world_size):

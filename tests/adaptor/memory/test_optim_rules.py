@@ -7,6 +7,7 @@ import torch
 
 import mindspeed
 from mindspeed.features.memory import optim_builder, optim_packed, optim_streamed
+from mindspeed.train.args import parse
 
 BF16 = {"bf16": True}
 PACKED = {**BF16, "reuse_fp32_param": True}
@@ -70,6 +71,12 @@ def test_one_wrapper_below_level_1s(values, wrapper):
     builders = [s.patch for s in plan.acting if "_based_on_param_groups" in s.patch.path]
     builders.sort(key=lambda patch: patch.order)
     assert [p.value.split(":")[1] for p in builders] == [wrapper, "wrap_fused"]
+
+
+def test_the_command_line_gives_them():
+    words = ["--bf16", "--swap-optimizer", "--swap-optimizer-times", "3"]
+    config = parse(words).config
+    assert dict(config.feature_flags) == {"swap_optimizer": True, "swap_optimizer_times": 3}
 
 
 def test_times():
