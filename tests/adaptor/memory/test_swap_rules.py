@@ -159,3 +159,9 @@ def test_advice_is_in_bytes():
     config.tensor_model_parallel_size, config.sequence_parallel = 4, True
     assert swap_hints.attention_bytes(config) == (9 * mib + 1) * 2**18
     assert swap_hints.advise_inputs(config).startswith(f"frees {mib / 4:.1f} MiB")
+    ungrouped = SimpleNamespace(**vars(config), num_query_groups=1, group_query_attention=False)
+    grouped = SimpleNamespace(**vars(config), num_query_groups=8, group_query_attention=True)
+    assert swap_hints.attention_bytes(ungrouped) == swap_hints.attention_bytes(config)
+    assert swap_hints.attention_bytes(grouped) == (9 * mib + 1 - 9 * mib // 4) * 2**18
+    for advise in (swap_hints.advise, swap_hints.advise_inputs):
+        assert advise(SimpleNamespace(seq_length=None)).startswith("bytes need --seq-length")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MIB = 1 << 20
+_NEEDS = "bytes need --seq-length, --micro-batch-size, --hidden-size and --num-attention-heads"
 
 
 def layers(values: Mapping[str, Any]) -> str:
@@ -27,7 +28,9 @@ def attention_bytes(config: Any) -> int:
         config: anything with Megatron's argument names as attributes.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
-    groups = getattr(config, "num_query_groups", None) or heads
+    # Megatron-LM's number of groups counts with its own switch alone.
+    grouped = getattr(config, "group_query_attention", True)
+    groups = (grouped and getattr(config, "num_query_groups", None)) or heads
     kv = hidden * groups // heads
     divided = getattr(config, "tensor_model_parallel_size", 1)
     along = divided if getattr(config, "sequence_parallel", False) else 1
@@ -43,6 +46,8 @@ def advise(config: Any) -> str:
     Args:
         config: anything with Megatron's argument names as attributes.
     """
+    if not _sized(config):
+        return _NEEDS
     nbytes = attention_bytes(config)
     return (
         f"frees about {nbytes / MIB:.1f} MiB a layer and micro-batch; hidden where"
@@ -57,6 +62,8 @@ def advise_inputs(config: Any) -> str:
     Args:
         config: anything with Megatron's argument names as attributes.
     """
+    if not _sized(config):
+        return _NEEDS
     nbytes = _tokens(config) * _width(config) * config.hidden_size
     if getattr(config, "sequence_parallel", False):
         nbytes //= config.tensor_model_parallel_size
@@ -64,6 +71,11 @@ def advise_inputs(config: Any) -> str:
         f"frees {nbytes / MIB:.1f} MiB a recomputed layer and micro-batch, and moves as much each"
         " way: little beside the layer's computation"
     )
+
+
+def _sized(config: Any) -> bool:
+    names = ("seq_length", "micro_batch_size", "hidden_size", "num_attention_heads")
+    return all(getattr(config, name, None) for name in names)
 
 
 def _tokens(config: Any) -> int:
