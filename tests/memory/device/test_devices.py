@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ms_memory import Session, Streamed, device
+from ms_memory.device.probe import LARGE, SMALL, Rate, line, probe
 
 
 class Module:
@@ -131,3 +132,41 @@ def test_the_processor_refuses_to_copy():
     cpu.restore_storage(x, 12)
     assert cpu.owns(x.fill_(1))
     assert cpu.stats().allocated == 0
+
+
+def test_probe():
+    """A latency and a rate from two sizes; a virtual clock says them exactly."""
+    clock = device.VirtualClock(2 * 10**9, 10**9, latency_ns=7)
+    rates = probe(device.sim(clock=clock))
+    assert rates.out.time([3, 4]) == 7 + 2 + 7 + 2
+    assert rates.back.time([1000]) == clock.duration("h2d", 1000) == 1007
+    assert probe(device.sim()).out.time([1 << 40]) == 0
+    rate = line(10_000 + 2 * SMALL, 10_000 + 2 * LARGE)
+    assert (rate.latency_ns, rate.bytes_per_s) == (10_000, 500_000_000)
+    assert line(5, 5).bytes_per_s == LARGE * 10**9 // 5
+    with pytest.raises(RuntimeError, match="frees nothing"):
+        probe(device.cpu())
+
+
+class Other:
+    """A device that is not known to be simulated."""
+
+    def __init__(self):
+        self.sim = device.sim()
+
+    def __getattr__(self, name):
+        return getattr(self.sim, name)
+
+
+def test_probe_times_copies(monkeypatch):
+    """Each size five times in each direction, after what was computed before."""
+    copies, ticks = [], iter(range(0, 10**6, 250))
+    monkeypatch.setattr("ms_memory.device.probe.LARGE", SMALL + 1000)
+    other = Other()
+    for stream in (other.d2h, other.h2d):
+        original = stream.copy
+        stream.copy = lambda pairs, copy=original: copies.append(pairs[0][1].numel()) or copy(pairs)
+    rates = probe(other, clock=ticks.__next__)
+    assert copies == [SMALL] * 10 + [SMALL + 1000] * 10
+    # Every copy took 250 ns by this clock: no latency, the rate of the large one.
+    assert rates.out == rates.back == Rate(0, (SMALL + 1000) * 10**9 // 250)

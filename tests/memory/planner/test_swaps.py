@@ -1,5 +1,6 @@
 """Plans that mix all actions on the simulated device: bytes and stalls as predicted."""
 
+import gc
 import random
 from functools import partial
 
@@ -126,6 +127,41 @@ def test_predicted_equals_measured_stall(profiled):
         with Session(model, device=simulated(model)) as session:
             planner.apply(session, made)
             assert planner.verify(session, step, made).stall == made.stall > 0
+
+
+def two_batches(model, order):
+    """Gradients of two micro-batches in flight; the second one's graph is used twice."""
+    model.zero_grad()
+    torch.manual_seed(6)
+    losses = [loss_of(model), 2 * loss_of(model)]
+    with torch.no_grad():
+        loss_of(model)
+    for index in order:
+        losses[index].backward(retain_graph=index == 1)
+    losses[1].backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("schedule", ["early", "late", 1])
+def test_windows_reentry(profiled, schedule):
+    """Micro-batches in either order, a graph used twice, no gradients, a forward that fails."""
+    model, _, found = profiled
+    made = mixed(found, lambda options: options[-1])
+    assert made.decisions[1].option.name.endswith("swap")
+    want = {order: two_batches(model, order) for order in ((0, 1), (1, 0))}
+    with Session(model, device=simulated(model, schedule)) as session:
+        planner.apply(session, made)
+        for order, plain in want.items():
+            assert all(map(torch.equal, two_batches(model, order), plain))
+            gc.collect()
+            assert session.host.ledger.nbytes == 0
+        kept, model.head = model.head, None
+        with pytest.raises(TypeError):
+            model(tokens(SHAPE))
+        model.head = kept
+        gc.collect()
+        assert session.host.ledger.nbytes == 0
+        assert all(map(torch.equal, two_batches(model, (0, 1)), want[0, 1]))
 
 
 def test_late_release_shows(profiled, monkeypatch):

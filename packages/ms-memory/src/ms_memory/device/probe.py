@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-
-from .protocol import Device, Stream
+from .protocol import Device, Pair, Stream
 from .sim import Sim
 
 SMALL, LARGE = 1 << 16, 1 << 26  # bytes of the copies that are timed
@@ -50,55 +48,55 @@ class Rates:
     back: Rate = Rate()
 
 
-def probe(device: Device) -> Rates:
+def probe(device: Device, clock: Callable[[], int] = time.perf_counter_ns) -> Rates:
     """Return what copies of a device take; a simulated one's virtual clock says it.
 
     Otherwise a small and a large copy to and from pinned memory are timed: their difference gives
     the rate, the rest the latency.
 
+    Args:
+        device: whose copies.
+        clock: returns nanoseconds.
+
     Raises:
         RuntimeError: the device is the processor, which copies nothing.
     """
     if isinstance(device, Sim):
-        clock = device.clock
-        if clock is None:
+        virtual = device.clock
+        if virtual is None:
             return Rates()
-        out, back = (Rate(clock.latency_ns, clock.rates[way]) for way in ("d2h", "h2d"))
-        return Rates(out, back)
-    sizes = (SMALL, LARGE)
-    return Rates(
-        _rate(*(_out(device, n) for n in sizes)), _rate(*(_back(device, n) for n in sizes))
-    )
+        return Rates(*(Rate(virtual.latency_ns, virtual.rates[way]) for way in ("d2h", "h2d")))
+    out: list[int] = []
+    back: list[int] = []
+    for nbytes in (SMALL, LARGE):
+        host = device.pinned(nbytes)
+        here = device.empty_like(host)
+        out.append(_timed(device, device.d2h, (host, here), clock))
+        back.append(_timed(device, device.h2d, (here, host), clock))
+    return Rates(line(*out), line(*back))
 
 
-def _rate(small: int, large: int) -> Rate:
-    """Return the line through two times, nanoseconds; times that do not rise have no latency."""
+def line(small: int, large: int) -> Rate:
+    """Return the line through two times, nanoseconds; times that do not rise have no latency.
+
+    Args:
+        small: of a copy of `SMALL` bytes.
+        large: of `LARGE` bytes.
+    """
     if large <= small:
         return Rate(0, LARGE * 1_000_000_000 // max(1, large))
     rate = (LARGE - SMALL) * 1_000_000_000 // (large - small)
     return Rate(max(0, small - SMALL * 1_000_000_000 // max(1, rate)), max(1, rate))
 
 
-def _out(device: Device, nbytes: int) -> int:
-    host = device.pinned(nbytes)
-    here = device.empty_like(host)
-    return _timed(device, device.d2h, host, here)
-
-
-def _back(device: Device, nbytes: int) -> int:
-    host = device.pinned(nbytes)
-    here = device.empty_like(host)
-    return _timed(device, device.h2d, here, host)
-
-
-def _timed(device: Device, stream: Stream, dst: torch.Tensor, src: torch.Tensor) -> int:
+def _timed(device: Device, stream: Stream, pair: Pair, clock: Callable[[], int]) -> int:
     """Return the median nanoseconds of a copy."""
     times = []
     for _ in range(REPEATS):
         ready = device.record()
         ready.synchronize()
-        start = time.perf_counter_ns()
+        start = clock()
         stream.wait(ready)
-        stream.copy([(dst, src)]).synchronize()
-        times.append(time.perf_counter_ns() - start)
+        stream.copy([pair]).synchronize()
+        times.append(clock() - start)
     return sorted(times)[REPEATS // 2]
