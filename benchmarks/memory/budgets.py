@@ -6,6 +6,7 @@ A GPT of 50 million parameters, forward and backward. Bytes are the allocator's 
 beyond parameters and gradients. Budgets lie between the step that recomputes every layer and the
 one that recomputes nothing. Each contender enters a budget with the fastest of its settings that
 measures below it, by FLOPs; gradients are compared before anything is timed. Swaps are in `swaps`.
+torch.compile needs a C++ compiler, its solver "ilp" needs scipy and is left out without.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 
 import meter
 import peers
@@ -27,7 +29,7 @@ from ms_memory.device import VirtualClock
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 FRACTIONS = tuple(i / 10 for i in range(9, 0, -1))
-SOLVERS = ("dp", "greedy", "ilp")
+SOLVERS = ("dp", "greedy", "ilp") if find_spec("scipy") else ("dp", "greedy")
 UNPLANNED = "nothing"
 TINY = Size(layers=3, hidden=32, heads=2, vocabulary=64, sequence=48)
 

@@ -57,7 +57,7 @@ def options(random, swaps):
     for k in range(12):
         held = random.randint(10**6, 10**9)
         leaving = held if swaps and k % 3 == 0 else 0
-        peak = held + random.randint(0, 10**8)
+        peak = held + random.randint(0, 10**9)
         made.append(LayerOption(f"o{k}", held, held, peak, leaving, time=3 * 10**16 // held))
     return tuple(made)
 
@@ -89,8 +89,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-write", action="store_true", help="print only")
     given = parser.parse_args()
-    cases = [(True, False, 1), (True, True, 1), (True, False, 4)]
-    cases += [(False, False, 1), (False, True, 1), (False, False, 4)]
+    kinds = ((False, 1), (True, 1), (False, 4), (True, 4))
+    cases = [(alike, *kind) for alike in (True, False) for kind in kinds]
     rows = []
     for case in cases:
         rows.append(timed(*case, given.limit))
