@@ -348,8 +348,8 @@ def test_flags_that_cannot_act():
     for decay in (-0.1, 1.5):
         assert "--ema-decay must lie in [0, 1]" in problems(**ema, ema_decay=decay)
     assert "--optimizer is sgd" in problems(**ema, optimizer="sgd")
-    assert "--reuse-fp32-param: averages" in problems(**ema, reuse_fp32_param=True)
-    assert "--swap-optimizer: the slices" in problems(**ema, swap_optimizer=True)
+    assert "averages need fp32" in problems(**ema, reuse_fp32_param=True)
+    assert "swapped hold no averages" in problems(**ema, swap_optimizer=True)
     for other in ("use_torch_fsdp2", "optimizer_cpu_offload", "use_precision_aware_optimizer"):
         assert "have their own" in problems(**{**ema, other: True})
     assert "optimization level 1" in problems(level=0, **ema)
