@@ -67,7 +67,9 @@ def test_budgets(drivers, monkeypatch):
     full = contenders["Megatron full, uniform"]["flops_added"]
     assert 0 < planned[1]["flops_added"] < full
     assert contenders["torch.compile, dp"]["flops_added"] > 0
-    assert "planner" in drivers["table"].budgets({**found, "rounds": 0})
+    environment = drivers["meter"].environment()
+    text = drivers["table"].budgets({"environment": environment, "rounds": 1, **found})
+    assert f"{contenders['planner']['time']:.2f} (" in text
 
     def scaled(model):
         return drivers["peers"].forwards([model.norm], lambda plain: lambda x: plain(x) * 1.01)
