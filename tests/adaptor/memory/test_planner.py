@@ -57,7 +57,7 @@ MUTANTS = {
     "a batch is lost": Mutation(
         "a batch is lost",
         "mindspeed.features.memory.planner_schedule:_planning",
-        '"data_iterator": batches.replay()',
+        '"data_iterator": batches.trained()',
         '"data_iterator": call["data_iterator"]',
     ),
     "gradients are left": Mutation(

@@ -147,6 +147,8 @@ def record(
         with contextlib.ExitStack() as stack:
             stack.enter_context(recorder.hooks())
             if census is not None:
+                # A function that is first traced under the census would stay eager for good.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(census)
             recorder.mark("begin")
             loss = step()

@@ -106,7 +106,7 @@ def _planning(schedule: Callable[..., Any]) -> Callable[..., Any]:
         _plans[unwrapped(chunks[0])] = made
         if arguments := script_arguments():
             publish(made, arguments)
-        return schedule(**{**call, "data_iterator": batches.replay()})
+        return schedule(**{**call, "data_iterator": batches.trained()})
 
     return run
 

@@ -111,7 +111,7 @@ def received(
         schedule(
             **{
                 **call,
-                "data_iterator": batches.replay(),
+                "data_iterator": batches.measured(),
                 "num_microbatches": min(fewest, call["num_microbatches"]),
                 "forward_only": True,
             }
