@@ -206,3 +206,20 @@ def load_plain(trainer, folder):
     optimizer.load_state_dict(torch.load(f"{folder}/common.pt"))
     if hasattr(optimizer, "load_parameter_state"):
         optimizer.load_parameter_state(f"{folder}/states.pt")
+
+
+def consistent(trainer):
+    """Every rank has the same weights, and they are the masters rounded."""
+    mine = weights(trainer)
+    for other in gathered(mine):
+        same(mine, other)
+    rounding = getattr(part(trainer).optimizer, "rounding", "rne")
+    for name, (master, *_) in whole(trainer).items():
+        weight = mine[name].reshape(-1)
+        tied = master.view(torch.int32) & 0x1FFFF == 0x8000
+        cast = master.to(torch.bfloat16)
+        assert torch.equal(weight[~tied], cast[~tied])
+        if rounding == "rne":
+            assert torch.equal(weight, cast)
+        else:
+            assert (weight[tied] != cast[tied]).all()

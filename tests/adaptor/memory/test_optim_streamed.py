@@ -60,10 +60,23 @@ def check_streamed(rank, world_size, options, folder):
         list(step(trainer, 1))
         same(whole(trainer), later)
         save_plain(trainer, folder)
+        saved_from_the_host(trainer)
         adopted(trainer)
     with opened(options, NATIVE) as trainer:
         load_plain(trainer, folder)
         same(whole(trainer), later)
+
+
+def saved_from_the_host(trainer):
+    """What a sharded checkpoint writes are the host's own tensors."""
+    held = part(trainer)
+    states = getattr(held, "get_parameter_state_dp_reshardable", None)
+    if states is None:  # undivided, or megatron-core 0.14
+        return
+    _, *_, buffers = states().values()
+    kept = {m.data_ptr() for m in held.optimizer.streamed.masters_on_host()}
+    written = [p["param"].data_ptr() for buckets in buffers.values() for b in buckets for p in b]
+    assert kept == set(written)
 
 
 def adopted(trainer):
