@@ -19,4 +19,6 @@ import mindspeed.train.optim  # noqa: E402
 import mindspeed.train.trainer  # noqa: E402
 
 # Reads and parses Megatron's sources once, for all ranks.
-mindspeed.plan(level=0)
+for level in (0, 1, 2):
+    mindspeed.plan(level=level)
+mindspeed.plan({"context_parallel_size": 2}, level=2)
