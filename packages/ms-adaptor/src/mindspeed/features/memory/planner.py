@@ -62,7 +62,7 @@ FEATURE = Feature(
         ),
     ),
     advise=f"{_HERE}:advise",
-    page="docs/memory/planner.md",
+    page="docs/memory/megatron.md",
 )
 
 wrap_post_init = before_post_init(mark)
