@@ -118,13 +118,23 @@ def check_gradients(op: str, sample: Sample, backend: str, fast: bool = False) -
         assert not leaves or torch.autograd.gradcheck(outputs, inputs, fast_mode=fast)
 
 
-def check_custom_op(op: str, sample: Sample, backend: str) -> None:
-    """Run torch's own checks of the schema, autograd registration, fakes and tracing."""
+def check_custom_op(op: str, sample: Sample, backend: str, traced: bool = True) -> None:
+    """Run torch's own checks of the schema, autograd registration, fakes and tracing.
+
+    Args:
+        op: the operator's name.
+        sample: one of its samples.
+        backend: the backend that runs.
+        traced: also trace it with its derivative, which takes a second.
+    """
     operator = DEFINED[op]
     args, kwargs = _leaves(OPERATORS[op], sample)
     prepared = (*operator.definition.prepare(*args, **kwargs), backend)
     op_call: Any = operator.forward_op
-    torch.library.opcheck(op_call, prepared)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(
+        op_call, prepared, test_utils=[*checks, *["test_aot_dispatch_dynamic"] * traced]
+    )
 
 
 def check_fake(op: str, sample: Sample, *backends: str) -> None:
@@ -144,9 +154,13 @@ def check_fake(op: str, sample: Sample, *backends: str) -> None:
 
 
 def check_compiled(
-    op: str, many: Sequence[Sample], backend: str, compiler: str = "aot_eager"
-) -> None:
-    """Compile once with dynamic shapes and no graph break, then compare with eager on samples."""
+    op: str, many: Sequence[Sample], backend: str, compiler: Any = "aot_eager"
+) -> Callable[..., Any]:
+    """Compile once with dynamic shapes and no graph break, then compare with eager on samples.
+
+    Returns:
+        The compiled function.
+    """
     test = OPERATORS[op]
     torch._dynamo.reset()
     with ms_ops.backend(**{op: backend}):
@@ -158,6 +172,7 @@ def check_compiled(
                 kind = "E2" if mine.is_floating_point() else "X"
                 truth = mine.to(torch.float64)
                 assert_close(kind, where, traced[name], truth, None, _input_dtype(sample))
+    return compiled
 
 
 def check_deterministic(op: str, sample: Sample, backend: str) -> None:
