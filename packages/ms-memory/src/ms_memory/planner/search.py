@@ -36,10 +36,15 @@ def cheapest(table: Table, rooms: Sequence[int], late: Callable[[], bool]) -> Fo
     if any(room < 0 for room in rooms):
         return Found(None, 0, proven=True)
     thin, places = table.thinned()
-    found = _cheapest(thin, rooms, late)
+    # Backwards: the last layers' own peaks come on top of what all others hold, and are decided
+    # first; what is left to decide is little more than a sum.
+    turned = thin.backwards()
+    back = pareto.axes(turned) <= MAX_AXES
+    found = _cheapest(turned if back else thin, rooms, late)
     if found.picks is None:
         return found
-    picks = tuple(kept[pick] for kept, pick in zip(places, found.picks, strict=True))
+    chosen = found.picks[::-1] if back else found.picks
+    picks = tuple(kept[pick] for kept, pick in zip(places, chosen, strict=True))
     return replace(found, picks=_left_alone(table, rooms, picks))
 
 

@@ -70,6 +70,10 @@ class Table:
         costs = tuple(tuple(c[i] for i in p) for c, p in zip(self.costs, places, strict=True))
         return Table(self.floor, uses, costs, self.unit), places
 
+    def backwards(self) -> Table:
+        """Return the same with the last site first."""
+        return Table(self.floor, self.uses[::-1], self.costs[::-1], self.unit)
+
     @cached_property
     def stages(self) -> tuple[tuple[Axis, ...], ...]:
         """Return which sums must be remembered after each site: the axes."""
