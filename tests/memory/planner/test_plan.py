@@ -74,7 +74,7 @@ def test_plan_hash_ranks():
     with pytest.raises(MemoryFeatureError, match=r"E-M31.*ranks \[1\]"):
         plan.check_agreement({0: plan.digest, 1: other.digest})
     data = plan.as_dict()
-    data["decisions"][0]["option"]["name"] = "keep"
+    data["decisions"][0]["option"]["name"] = "recompute"
     with pytest.raises(MemoryFeatureError, match="E-M31"):
         Plan.from_dict(data)
 
