@@ -115,6 +115,7 @@ ROWS = {
     "--recompute-activation-function": {**PLANNED, "recompute_activation_function": True},
     "--recompute-norm": {**PLANNED, "recompute_norm": True},
     "--swap-attention": {**PLANNED, "swap_attention": True},
+    "--swap-layer-input": {**PLANNED, "swap_layer_input": True},
     "--distribute-saved-activations": {**PLANNED, "distribute_saved_activations": True},
     "--cpu-offloading-num-layers": {**PLANNED, "cpu_offloading_num_layers": 1},
     "--fine-grained-activation-offloading": {**PLANNED, "fine_grained_activation_offloading": True},

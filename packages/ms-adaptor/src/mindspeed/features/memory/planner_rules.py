@@ -22,6 +22,7 @@ _MANUAL: dict[str, str] = {
     "--recompute-activation-function": "recompute_activation_function",
     "--recompute-norm": "recompute_norm",
     "--swap-attention": "swap_attention",
+    "--swap-layer-input": "swap_layer_input",
     "--distribute-saved-activations": "distribute_saved_activations",
     "--cpu-offloading-num-layers": "cpu_offloading_num_layers",
     "--fine-grained-activation-offloading": "fine_grained_activation_offloading",

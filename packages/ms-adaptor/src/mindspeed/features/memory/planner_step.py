@@ -123,17 +123,16 @@ def received(
 def _listening(model: Any, kept: list[Tensor | None]) -> Iterator[None]:
     """Within, keep what the schedule hands a chunk first."""
 
-    def set_input_tensor(tensors: Any) -> None:
+    def keep(module: Any, args: Any) -> None:
         if not kept:
-            every = tensors if isinstance(tensors, list) else [tensors]
-            kept.extend(None if x is None else x.detach().clone() for x in every)
-        type(model).set_input_tensor(model, tensors)
+            found = module.decoder.input_tensor
+            kept.append(None if found is None else found.detach().clone())
 
-    model.set_input_tensor = set_input_tensor
+    handle = model.register_forward_pre_hook(keep)
     try:
         yield
     finally:
-        del model.set_input_tensor
+        handle.remove()
 
 
 def unwrapped(chunk: Any) -> Any:
@@ -204,9 +203,9 @@ def _buffers(chunk: Any) -> Iterator[Put]:
 
 def _gradients(chunk: Any) -> Iterator[Put]:
     for parameter in chunk.parameters():
-        yield _put_attribute(parameter, "grad")
+        yield _put_gradient(parameter, parameter.grad)
         if hasattr(parameter, "grad_added_to_main_grad"):
-            yield _put_attribute(parameter, "grad_added_to_main_grad")
+            yield _put_flag(parameter, parameter.grad_added_to_main_grad)
     for grads in gradient_buffers(chunk):
         # As a rule a step begins with zeros, which need no copy.
         yield _put_tensor(grads, grads.clone()) if grads.any() else grads.zero_
@@ -223,6 +222,15 @@ def _put_tensor(tensor: Tensor, found: Tensor) -> Put:
     return lambda: tensor.copy_(found)
 
 
-def _put_attribute(parameter: Any, name: str) -> Put:
-    found = getattr(parameter, name)
-    return lambda: setattr(parameter, name, found)
+def _put_gradient(parameter: Any, found: Tensor | None) -> Put:
+    def put() -> None:
+        parameter.grad = found
+
+    return put
+
+
+def _put_flag(parameter: Any, found: bool) -> Put:
+    def put() -> None:
+        parameter.grad_added_to_main_grad = found
+
+    return put
