@@ -12,7 +12,7 @@ SMALL = {
     "num_query_groups": 2,
     "seq_length": 64,
     "micro_batch_size": 1,
-    "global_batch_size": 4,
+    "global_batch_size": 2,
     "init_method_std": 0.2,
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -24,7 +24,8 @@ HYBRID = {"context_parallel_algo": "hybrid_cp_algo", "ulysses_degree_in_cp": 2}
 ALONE = {
     "plain": {},
     "learned": {"position_embedding_type": "learned_absolute"},
-    "alibi": {"position_embedding_type": "alibi"},
+    # Gradients of several micro-batches on each data-parallel rank.
+    "alibi": {"position_embedding_type": "alibi", "global_batch_size": 4},
     "window": {"pre_tokens": 9, "sparse_mode": 4},
     "deep": {"num_layers": 4},
     "experts": {"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1},
