@@ -89,6 +89,7 @@ def adopted(trainer):
     on_the_host(trainer)
 
 
+@pytest.mark.megatron014
 @pytest.mark.parametrize(
     ("ranks", "options", "schedule"),
     [(1, {}, "late"), (1, {"bf16": False, "fp16": True}, "early"), (2, OVERLAP, "7")],
