@@ -208,10 +208,17 @@ def _recompute_mlp(session: Session, layer: Any) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     experts = isinstance(layer.mlp, MoELayer)
-    switch = (layer.mlp, "moe_layer_recompute") if experts else (layer, "recompute_mlp")
+    before = layer.mlp.moe_layer_recompute if experts else layer.recompute_mlp
+
+    def switch(on: bool) -> None:
+        if experts:
+            layer.mlp.moe_layer_recompute = on
+        else:
+            layer.recompute_mlp = on
+
     session.claim(layer.mlp, "recompute", "by Megatron", region=True)
-    session.on_close(functools.partial(setattr, *switch, getattr(*switch)))
-    setattr(*switch, True)
+    session.on_close(functools.partial(switch, before))
+    switch(True)
 
 
 def _attending(block: Any) -> tuple[list[Any], dict[str, int]]:
