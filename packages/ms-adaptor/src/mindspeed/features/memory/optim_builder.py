@@ -75,14 +75,14 @@ def _wrap(original: Builder, flag: str, make: Maker) -> Builder:
 
 
 def _undivided(made: Any, flag: str, make: Maker, config: Any) -> Any:
-    from mindspeed.features.memory.optim_megatron import HeldFloat16Optimizer
-
     wide = sum(len(group) for group in made.fp32_from_fp32_groups)
     if wide:
         raise ValueError(
             f"{flag} with parameters in fp32: {wide} of the model have no masters; need all of them"
             " in bf16 or fp16"
         )
+    from mindspeed.features.memory.optim_megatron import HeldFloat16Optimizer
+
     for group, params in zip(made.optimizer.param_groups, made.float16_groups, strict=True):
         group["params"] = list(params)
     return HeldFloat16Optimizer.take_over(made, make(made.optimizer, config), config)
