@@ -172,16 +172,21 @@ NEEDS_OTHERS = (
     *(f"mindspeed.features.ops.{name}" for name in GLUE),
     *(f"mindspeed.features.context.{n}" for n in ("attention_module", "masks", "provider")),
     *(
-        f"mindspeed.features.memory.optim_{n}"
-        for n in ("builder", "held", "held_streamed", "megatron")
-    ),
-    *(
         f"mindspeed.features.memory.{n}"
-        for n in ("recompute_layers", "swap_install", "swap_layers")
-    ),
-    *(
-        f"mindspeed.features.memory.planner_{n}"
-        for n in ("guard", "schedule", "stage", "static", "step")
+        for n in (
+            "optim.builder",
+            "optim.held",
+            "optim.held_streamed",
+            "optim.megatron",
+            "planner.guard",
+            "planner.schedule",
+            "planner.stage",
+            "planner.static",
+            "planner.step",
+            "recompute.layers",
+            "swap.install",
+            "swap.layers",
+        )
     ),
     "ms_profile.profiler.npu",
 )

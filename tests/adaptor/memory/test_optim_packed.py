@@ -193,7 +193,7 @@ def test_undivided():
 
 LOADED_WEIGHTS_STAY = Mutation(
     "loaded masters are left out",
-    "mindspeed.features.memory.optim_megatron:HeldFloat16Optimizer.load_state_dict",
+    "mindspeed.features.memory.optim.megatron:HeldFloat16Optimizer.load_state_dict",
     "self.optimizer.set_master(p, master.data)",
     "pass",
 )

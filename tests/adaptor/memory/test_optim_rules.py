@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mindspeed
-from mindspeed.features.memory import optim_builder, optim_packed, optim_streamed
+from mindspeed.features.memory.optim import builder, packed, streamed
 from mindspeed.train.args import parse
 
 BF16 = {"bf16": True}
@@ -81,11 +81,11 @@ def test_the_command_line_gives_them():
 
 def test_times():
     config = SimpleNamespace(swap_optimizer_times=5)
-    assert optim_builder.times_of(config) == 5
-    assert optim_builder.times_of(SimpleNamespace()) == optim_streamed.TIMES
+    assert builder.times_of(config) == 5
+    assert builder.times_of(SimpleNamespace()) == streamed.TIMES
 
 
-@pytest.mark.parametrize("wrap", [optim_builder.wrap_rna, optim_builder.wrap_streamed])
+@pytest.mark.parametrize("wrap", [builder.wrap_rna, builder.wrap_streamed])
 def test_other_optimizers_stay_away(wrap):
     other = torch.optim.SGD([torch.zeros(2)])
     with pytest.raises(ValueError, match=r"E-M1[56]: .*torch\.optim\.sgd\.SGD"):
@@ -94,7 +94,7 @@ def test_other_optimizers_stay_away(wrap):
     assert wrap(lambda config: made)(SimpleNamespace()) is made  # a rank without parameters
 
 
-@pytest.mark.parametrize("wrap", [optim_builder.wrap_rna, optim_builder.wrap_streamed])
+@pytest.mark.parametrize("wrap", [builder.wrap_rna, builder.wrap_streamed])
 def test_fp32_parameters_are_refused(wrap):
     p = torch.zeros(2)
     made = SimpleNamespace(
@@ -106,7 +106,7 @@ def test_fp32_parameters_are_refused(wrap):
 
 def test_advice():
     shared = SimpleNamespace(use_distributed_optimizer=True, swap_optimizer_times=8)
-    assert "divided by" in optim_packed.advise(shared)
-    assert "2 bytes a weight;" in optim_packed.advise(SimpleNamespace())
-    assert "2/8" in optim_streamed.advise(shared)
-    assert "1/1" in optim_streamed.advise(SimpleNamespace(swap_optimizer_times=0))
+    assert "divided by" in packed.advise(shared)
+    assert "2 bytes a weight;" in packed.advise(SimpleNamespace())
+    assert "2/8" in streamed.advise(shared)
+    assert "1/1" in streamed.advise(SimpleNamespace(swap_optimizer_times=0))

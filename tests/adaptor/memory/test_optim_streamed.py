@@ -99,7 +99,7 @@ def test_bitequal_inner(ranks, options, schedule, tmp_path):
     run(check_streamed, ranks, options, str(tmp_path), MS_MEMORY_SIM=schedule)
 
 
-_HELD = "mindspeed.features.memory.optim_held_streamed:HeldStreamed"
+_HELD = "mindspeed.features.memory.optim.held_streamed:HeldStreamed"
 SCHEDULE_LOST = Mutation(
     "the schedule does not reach the slices", f"{_HELD}.step", "wide.update", "dict().update"
 )

@@ -56,13 +56,13 @@ def trained(options, steps=2):
 MUTANTS = {
     "a batch is lost": Mutation(
         "a batch is lost",
-        "mindspeed.features.memory.planner_schedule:_planning",
+        "mindspeed.features.memory.planner.schedule:_planning",
         '"data_iterator": batches.trained()',
         '"data_iterator": call["data_iterator"]',
     ),
     "gradients are left": Mutation(
         "gradients are left",
-        "mindspeed.features.memory.planner_step:_gradients",
+        "mindspeed.features.memory.planner.step:_gradients",
         "grads.zero_",
         "(lambda: None)",
     ),
@@ -143,7 +143,7 @@ STAGES_BUDGET = {
 }
 SEED_LEFT = Mutation(
     "random states are left",
-    "mindspeed.features.memory.planner_step:as_found",
+    "mindspeed.features.memory.planner.step:as_found",
     "[*_random_states(), *_logs()]",
     "[*_logs()]",
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from mindspeed.features.memory.planner_batches import Batches, draw, drawn
+from mindspeed.features.memory.planner.batches import Batches, draw, drawn
 from support.mutation import Mutation, assert_caught
 
 
@@ -40,7 +40,7 @@ def check_nothing_is_lost():
 def test_nothing_is_lost():
     lost = Mutation(
         "draws are lost",
-        "mindspeed.features.memory.planner_batches:Recorded.trained",
+        "mindspeed.features.memory.planner.batches:Recorded.trained",
         "draw(words)",
         "pass",
     )

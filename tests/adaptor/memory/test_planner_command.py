@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from mindspeed.features.memory.planner_report import compared
+from mindspeed.features.memory.planner.report import compared
 from mindspeed.train.cli import main
 
 TINY = (

@@ -7,9 +7,9 @@ import pytest
 
 import mindspeed
 from mindspeed.features import load_table
-from mindspeed.features.memory.planner_flight import held, in_flight
-from mindspeed.features.memory.planner_rules import check
-from mindspeed.features.memory.planner_settings import Budget, settings
+from mindspeed.features.memory.planner.flight import held, in_flight
+from mindspeed.features.memory.planner.rules import check
+from mindspeed.features.memory.planner.settings import Budget, settings
 from mindspeed.patching.config import Config
 from mindspeed.patching.errors import PlanError
 from mindspeed.patching.rules import broken_rules

@@ -102,13 +102,13 @@ def plain_step(model):
 
 NEVER_RELEASED = Mutation(
     "the activation is never emptied",
-    "mindspeed.features.memory.recompute_layers:_discarding",
+    "mindspeed.features.memory.recompute.layers:_discarding",
     "discard.release(until=out)",
     "pass",
 )
 NO_BIAS = Mutation(
     "the activation is computed without its bias",
-    "mindspeed.features.memory.recompute_layers:_activation",
+    "mindspeed.features.memory.recompute.layers:_activation",
     "_Between(mlp, x, bias)",
     "_Between(mlp, x, None)",
 )

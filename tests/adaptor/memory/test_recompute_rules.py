@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import mindspeed
-from mindspeed.features.memory import recompute, settings
+from mindspeed.features.memory import settings
+from mindspeed.features.memory.recompute import feature
 from mindspeed.features.memory.settings import MemorySettings
 from mindspeed.train.args import parse
 from mindspeed.train.validate import check
@@ -124,7 +125,7 @@ def test_advice_is_in_bytes():
     split = {**sizes, "tensor_model_parallel_size": 2, "micro_batch_size": 4}
 
     def told(**values):
-        return recompute.advise(SimpleNamespace(**values))
+        return feature.advise(SimpleNamespace(**values))
 
     assert "activation functions: 8.00 MiB a layer" in told(**ACT, **split)
     assert "all layers" in told(**ACT, **split)

@@ -57,7 +57,7 @@ SPLITS = {
 }
 NOT_FROM_THE_CHUNK = Mutation(
     "numbers of whole layers do not count from the chunk",
-    "mindspeed.features.memory.recompute_layers:_count_per_rank",
+    "mindspeed.features.memory.recompute.layers:_count_per_rank",
     "recompute_num_layers - chunk",
     "recompute_num_layers",
 )

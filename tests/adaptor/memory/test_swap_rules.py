@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 import mindspeed
-from mindspeed.features.memory import settings, swap_hints
-from mindspeed.features.memory.swap_layers import first_layers, swapped_layers
+from mindspeed.features.memory import settings
+from mindspeed.features.memory.swap import hints
+from mindspeed.features.memory.swap.layers import first_layers, swapped_layers
 from mindspeed.train.args import parse
 from mindspeed.train.validate import ConfigError, check
 
@@ -154,14 +155,14 @@ def test_advice_is_in_bytes():
     sizes = {"seq_length": 8192, "micro_batch_size": 1, "num_attention_heads": 32, "bf16": True}
     config = SimpleNamespace(**sizes, hidden_size=4096, tensor_model_parallel_size=1)
     mib = 2 * 8192 * 4096 // 2**20
-    assert swap_hints.attention_bytes(config) == 9 * mib * 2**20 + 4 * 8192 * 32
-    assert swap_hints.advise(config).startswith(f"frees about {9 * mib + 1:.1f} MiB a layer")
+    assert hints.attention_bytes(config) == 9 * mib * 2**20 + 4 * 8192 * 32
+    assert hints.advise(config).startswith(f"frees about {9 * mib + 1:.1f} MiB a layer")
     config.tensor_model_parallel_size, config.sequence_parallel = 4, True
-    assert swap_hints.attention_bytes(config) == (9 * mib + 1) * 2**18
-    assert swap_hints.advise_inputs(config).startswith(f"frees {mib / 4:.1f} MiB")
+    assert hints.attention_bytes(config) == (9 * mib + 1) * 2**18
+    assert hints.advise_inputs(config).startswith(f"frees {mib / 4:.1f} MiB")
     ungrouped = SimpleNamespace(**vars(config), num_query_groups=1, group_query_attention=False)
     grouped = SimpleNamespace(**vars(config), num_query_groups=8, group_query_attention=True)
-    assert swap_hints.attention_bytes(ungrouped) == swap_hints.attention_bytes(config)
-    assert swap_hints.attention_bytes(grouped) == (9 * mib + 1 - 9 * mib // 4) * 2**18
-    for advise in (swap_hints.advise, swap_hints.advise_inputs):
+    assert hints.attention_bytes(ungrouped) == hints.attention_bytes(config)
+    assert hints.attention_bytes(grouped) == (9 * mib + 1 - 9 * mib // 4) * 2**18
+    for advise in (hints.advise, hints.advise_inputs):
         assert advise(SimpleNamespace(seq_length=None)).startswith("bytes need --seq-length")

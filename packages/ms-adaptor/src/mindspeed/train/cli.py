@@ -89,7 +89,7 @@ def _levels(options: Options) -> list[int]:
 def _check_plans(config: TrainConfig, levels: Sequence[int], nproc: int) -> None:
     """The rules of every feature, before any process starts."""
     import mindspeed
-    from mindspeed.features.memory import planner_rules
+    from mindspeed.features.memory.planner import rules
     from mindspeed.features.profile import trace
     from mindspeed.patching.detect import device_type
 
@@ -100,7 +100,7 @@ def _check_plans(config: TrainConfig, levels: Sequence[int], nproc: int) -> None
         try:
             mindspeed.plan(values, level)
             trace.check(values, nproc)
-            planner_rules.check(values, device_type())
+            rules.check(values, device_type())
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mindspeed.features.memory import planner_report
+from mindspeed.features.memory.planner import report as planner_report
 from mindspeed.features.profile import trace
 from mindspeed.patching.detect import device_type
 from mindspeed.train import runs

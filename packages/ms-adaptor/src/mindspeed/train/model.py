@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed.features.context import settings as context
-from mindspeed.features.memory import planner_settings as planner
 from mindspeed.features.memory import settings as memory
+from mindspeed.features.memory.planner import settings as planner
 from mindspeed.features.ops.alibi import mark
 from mindspeed.features.ops.attention_window import window
 from mindspeed.train.config import TrainConfig

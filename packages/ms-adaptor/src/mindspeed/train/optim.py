@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspeed.features.memory.optim_streamed import TIMES
+from mindspeed.features.memory.optim.streamed import TIMES
 from mindspeed.features.ops.optimizer import EMA_DECAY
 from mindspeed.train.config import TrainConfig
 from mindspeed.train.model import Chunk, compute_dtype

@@ -249,7 +249,7 @@ class Trainer:
 
     def memory_plan(self) -> Any:
         """What the memory planner decided for this rank (`Planned`), None without it."""
-        found = sys.modules.get("mindspeed.features.memory.planner_schedule")
+        found = sys.modules.get("mindspeed.features.memory.planner.schedule")
         return None if found is None else found.planned(self.chunks)
 
     def _memory_notes(self, meters: StepMeters) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ class Trainer:
         made = self.memory_plan()
         if made is None:
             return ()
-        from mindspeed.features.memory.planner_report import compared
+        from mindspeed.features.memory.planner.report import compared
 
         plan = made.plan
         peak = meters.memory.peak.nbytes + made.workspaces  # which were there before the step

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mindspeed.features.context.settings import is_local
-from mindspeed.features.memory.planner_settings import WANTED
+from mindspeed.features.memory.planner.settings import WANTED
 from mindspeed.features.ops.script import script_arguments
 from mindspeed.patching.records import Feature, Patch, Rule
 

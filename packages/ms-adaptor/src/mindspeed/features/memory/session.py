@@ -38,9 +38,9 @@ _HERE = "mindspeed.features.memory.session"
 # Called for each transformer block of a chunk, in this order; lazy, so that nothing is imported
 # before a chunk is built.
 INSTALLERS: tuple[str, ...] = (
-    "mindspeed.features.memory.recompute_layers:install",
-    "mindspeed.features.memory.swap_install:attention",
-    "mindspeed.features.memory.swap_install:inputs",
+    "mindspeed.features.memory.recompute.layers:install",
+    "mindspeed.features.memory.swap.install:attention",
+    "mindspeed.features.memory.swap.install:inputs",
 )
 
 FEATURE = Feature(

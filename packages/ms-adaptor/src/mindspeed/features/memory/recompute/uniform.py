@@ -17,7 +17,7 @@ FEATURE = Feature(
         Patch(
             target="megatron.core.transformer.transformer_block:TransformerBlock._get_layer",
             kind="wrap",
-            value="mindspeed.features.memory.uniform:wrap_get_layer",
+            value="mindspeed.features.memory.recompute.uniform:wrap_get_layer",
             reason="Where groups do not divide the layers, it is asked for layers beyond the last.",
         ),
     ),

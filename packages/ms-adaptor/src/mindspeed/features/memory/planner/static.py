@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.features.memory.planner_step import gradient_buffers, unwrapped
+from mindspeed.features.memory.planner.step import gradient_buffers, unwrapped
 
 
 def static_bytes(chunks: Sequence[Any], optimizer: Any) -> int:

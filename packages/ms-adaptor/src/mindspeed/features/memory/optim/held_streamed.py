@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.features.memory.optim_held import MASTER
+from mindspeed.features.memory.optim.held import MASTER
 from ms_memory.optim import Streamed
 from ms_ops import FusedAdamW
 

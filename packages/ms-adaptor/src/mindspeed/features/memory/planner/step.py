@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed.features.memory.planner_batches import Batches
+from mindspeed.features.memory.planner.batches import Batches
 from ms_memory.planner.measure import record
 
 

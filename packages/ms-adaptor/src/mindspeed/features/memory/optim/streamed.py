@@ -83,7 +83,7 @@ FEATURE = Feature(
         Patch(
             target=_BUILDER,
             kind="wrap",
-            value="mindspeed.features.memory.optim_builder:wrap_streamed",
+            value="mindspeed.features.memory.optim.builder:wrap_streamed",
             when="swap_optimizer",
             # Inside the one that exchanges torch's Adam at level 1.
             order=-1,
@@ -92,7 +92,7 @@ FEATURE = Feature(
         ),
     ),
     packages=("ms-ops", "ms-memory"),
-    advise="mindspeed.features.memory.optim_streamed:advise",
+    advise="mindspeed.features.memory.optim.streamed:advise",
     page="docs/memory/streamed.md",
 )
 

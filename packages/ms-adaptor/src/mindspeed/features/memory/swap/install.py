@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mindspeed.features.memory.session import open_sessions
 from mindspeed.features.memory.settings import MemorySettings
-from mindspeed.features.memory.swap_layers import first_layers, swapped_layers
+from mindspeed.features.memory.swap.layers import first_layers, swapped_layers
 from mindspeed.features.ops.rope_function import tables_of
 from ms_memory import Session
 from ms_memory.errors import refuse

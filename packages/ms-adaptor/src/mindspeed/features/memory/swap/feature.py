@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspeed.features.memory.settings import SWAP_MIN_BYTES, SWAP_PARTS, conflict
 from mindspeed.patching.records import Feature, Flag, Rule
 
-_HINTS = "mindspeed.features.memory.swap_hints"
+_HINTS = "mindspeed.features.memory.swap.hints"
 _STAGE = "num_layers // pipeline_model_parallel_size"
 _ANY = "(swap_attention or swap_layer_input)"
 # Name in Megatron's configuration -> its flag.

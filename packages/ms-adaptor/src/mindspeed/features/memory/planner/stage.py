@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mindspeed.features.memory.planner_exchange import exchange
-from mindspeed.features.memory.planner_settings import NO_DEVICE, PlannerSettings
+from mindspeed.features.memory.planner.exchange import exchange
+from mindspeed.features.memory.planner.settings import NO_DEVICE, PlannerSettings
 from ms_memory.errors import MemoryFeatureError
 from ms_memory.planner import Option, Plan, Problem, Profile, Site, joined, solve
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed.features.memory.settings import MemorySettings
-from mindspeed.features.memory.swap_install import recomputed_mlps
+from mindspeed.features.memory.swap.install import recomputed_mlps
 from ms_memory import Discard, Session
 from ms_memory.errors import refuse
 from ms_memory.recompute import layer_action, norms

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed.features.memory.planner_batches import Batches
-from mindspeed.features.memory.planner_exchange import exchange
-from mindspeed.features.memory.planner_flight import in_flight
-from mindspeed.features.memory.planner_guard import guard, watched
-from mindspeed.features.memory.planner_report import publish
-from mindspeed.features.memory.planner_settings import PlannerSettings
-from mindspeed.features.memory.planner_stage import (
+from mindspeed.features.memory.planner.batches import Batches
+from mindspeed.features.memory.planner.exchange import exchange
+from mindspeed.features.memory.planner.flight import in_flight
+from mindspeed.features.memory.planner.guard import guard, watched
+from mindspeed.features.memory.planner.report import publish
+from mindspeed.features.memory.planner.settings import PlannerSettings
+from mindspeed.features.memory.planner.stage import (
     EVERY,
     Measured,
     StageError,
@@ -25,8 +25,8 @@ from mindspeed.features.memory.planner_stage import (
     raise_together,
     stage_plan,
 )
-from mindspeed.features.memory.planner_static import static_bytes
-from mindspeed.features.memory.planner_step import (
+from mindspeed.features.memory.planner.static import static_bytes
+from mindspeed.features.memory.planner.step import (
     MicroStep,
     as_found,
     left_behind,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mindspeed.features.memory.planner_settings import NO_DEVICE, WANTED, settings
+from mindspeed.features.memory.planner.settings import NO_DEVICE, WANTED, settings
 from mindspeed.features.memory.settings import conflict
 from mindspeed.patching.records import Rule
 

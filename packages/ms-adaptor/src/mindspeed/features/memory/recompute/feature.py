@@ -7,7 +7,7 @@ from typing import Any
 from mindspeed.features.memory.settings import conflict
 from mindspeed.patching.records import Feature, Patch, Rule
 
-_LAYERS = "mindspeed.features.memory.recompute_layers"
+_LAYERS = "mindspeed.features.memory.recompute.layers"
 _EITHER = "recompute_activation_function or recompute_norm"
 _BLOCK = "recompute_granularity == 'full' and recompute_method == 'block'"
 
@@ -125,7 +125,7 @@ FEATURE = Feature(
             " stands for it that a spec could name.",
         ),
     ),
-    advise="mindspeed.features.memory.recompute:advise",
+    advise="mindspeed.features.memory.recompute.feature:advise",
     page="docs/memory/megatron.md",
 )
 

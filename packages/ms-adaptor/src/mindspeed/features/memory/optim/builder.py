@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from mindspeed.features.memory.optim_held import HeldPackedAdamW
-from mindspeed.features.memory.optim_held_streamed import HeldStreamed
-from mindspeed.features.memory.optim_streamed import TIMES
+from mindspeed.features.memory.optim.held import HeldPackedAdamW
+from mindspeed.features.memory.optim.held_streamed import HeldStreamed
+from mindspeed.features.memory.optim.streamed import TIMES
 from mindspeed.features.ops.script import script_arguments
 
 Builder = Callable[..., Any]
@@ -67,7 +67,7 @@ def _wrap(original: Builder, flag: str, make: Maker) -> Builder:
         _require_torch(made.optimizer, flag)
         if hasattr(made, "float16_groups"):
             return _undivided(made, flag, make, held)
-        from mindspeed.features.memory.optim_megatron import HeldDistributedOptimizer
+        from mindspeed.features.memory.optim.megatron import HeldDistributedOptimizer
 
         return HeldDistributedOptimizer.take_over(made, make(made.optimizer, held))
 
@@ -81,7 +81,7 @@ def _undivided(made: Any, flag: str, make: Maker, config: Any) -> Any:
             f"{flag} with parameters in fp32: {wide} of the model have no masters; need all of them"
             " in bf16 or fp16"
         )
-    from mindspeed.features.memory.optim_megatron import HeldFloat16Optimizer
+    from mindspeed.features.memory.optim.megatron import HeldFloat16Optimizer
 
     for group, params in zip(made.optimizer.param_groups, made.float16_groups, strict=True):
         group["params"] = list(params)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mindspeed.features.memory.planner_schedule import Planned
+    from mindspeed.features.memory.planner.schedule import Planned
 
 
 def save(plan: Mapping[str, Any], folder: Path, name: str) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed.features.memory.settings import conflict
-from mindspeed.features.memory.swap import native_offloading
+from mindspeed.features.memory.swap.feature import native_offloading
 from mindspeed.patching.records import Feature, Flag, Rule
 
 FEATURE = Feature(
@@ -37,6 +37,6 @@ FEATURE = Feature(
         ),
     ),
     packages=("ms-memory",),
-    advise="mindspeed.features.memory.swap_hints:advise_inputs",
+    advise="mindspeed.features.memory.swap.hints:advise_inputs",
     page="docs/memory/megatron.md",
 )

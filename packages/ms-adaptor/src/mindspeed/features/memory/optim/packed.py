@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspeed.patching.records import Feature, Patch, Rule
 
-_BUILD = "mindspeed.features.memory.optim_builder"
+_BUILD = "mindspeed.features.memory.optim.builder"
 _BUILDER = "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups"
 _EXACT = "npu_deterministic or deterministic_mode"
 
@@ -101,7 +101,7 @@ FEATURE = Feature(
         _builder(f"({_EXACT})", "wrap_rne"),
     ),
     packages=("ms-ops", "ms-memory"),
-    advise="mindspeed.features.memory.optim_packed:advise",
+    advise="mindspeed.features.memory.optim.packed:advise",
     page="docs/memory/packed.md",
 )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mindspeed.features.memory.planner_rules import RULES
-from mindspeed.features.memory.planner_settings import WANTED, mark
+from mindspeed.features.memory.planner.rules import RULES
+from mindspeed.features.memory.planner.settings import WANTED, mark
 from mindspeed.features.ops.script import before_post_init
 from mindspeed.patching.records import Feature, Flag, Patch
 
-_HERE = "mindspeed.features.memory.planner"
+_HERE = "mindspeed.features.memory.planner.feature"
 # What alone plans nothing, and is refused then.
 GIVEN = (
     "memory_actions or memory_pins or adaptive_recompute_device_size != -1"
@@ -55,7 +55,7 @@ FEATURE = Feature(
         Patch(
             target="megatron.core.pipeline_parallel.schedules:get_forward_backward_func",
             kind="wrap",
-            value="mindspeed.features.memory.planner_schedule:wrap",
+            value="mindspeed.features.memory.planner.schedule:wrap",
             when=WANTED,
             reason="The first step must be planned when its model, its optimizer and its data are"
             " there, and before it runs; a schedule has no callback at its beginning.",

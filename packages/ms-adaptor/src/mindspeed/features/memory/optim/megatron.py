@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
-from mindspeed.features.memory.optim_held import create_states
+from mindspeed.features.memory.optim.held import create_states
 
 MASTERS = "fp32_from_fp16_params"  # Megatron's name of them in a state dict
 
@@ -30,7 +30,7 @@ class HeldFloat16Optimizer(Float16OptimizerWithFloat16Params):
 
         Args:
             made: Megatron's. Its masters are not used and go with it.
-            inner: of `optim_held`, on the bf16 parameters of `made`, group by group.
+            inner: of `optim.held`, on the bf16 parameters of `made`, group by group.
             config: says that gradients are `decoupled_grad`.
         """
         held = cls(inner, config, made.grad_scaler, create_states)
@@ -45,7 +45,7 @@ class HeldFloat16Optimizer(Float16OptimizerWithFloat16Params):
         """Build it as Megatron builds its own.
 
         Args:
-            optimizer: of `optim_held`.
+            optimizer: of `optim.held`.
             config: Megatron's `OptimizerConfig`.
             grad_scaler: None or Megatron's.
             init_state_fn: called before states are loaded.
@@ -111,7 +111,7 @@ class HeldDistributedOptimizer(DistributedOptimizer):
 
         Args:
             made: Megatron's, built for an inner optimizer that holds the masters.
-            inner: of `optim_held`, on the slices of the weights in `made`.
+            inner: of `optim.held`, on the slices of the weights in `made`.
         """
         held = cls.__new__(cls)
         held.__dict__ = {**vars(made), "optimizer": inner, "init_state_fn": create_states}

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from mindspeed.features.memory.planner_stage import layers_of
+from mindspeed.features.memory.planner.stage import layers_of
 from mindspeed.features.memory.session import open_session
 from mindspeed.features.memory.settings import MemorySettings
 from ms_memory import Session, recompute

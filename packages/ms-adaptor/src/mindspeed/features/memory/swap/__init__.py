@@ -1,0 +1,1 @@
+"""Saved tensors that wait on the host."""
