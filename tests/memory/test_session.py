@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,3 +202,18 @@ def test_registered_generator():
         model(tokens(SHAPE)).sum().backward()
         found.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_megatron_import():
+    """Every module imports where Megatron and vendors' packages cannot be."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for name in ('megatron', 'torch_npu', 'matplotlib', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "import ms_memory\n"
+        "found = [m.name for m in pkgutil.walk_packages(ms_memory.__path__, 'ms_memory.')]\n"
+        "assert len(found) > 40, found\n"
+        "for name in found:\n"
+        "    importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

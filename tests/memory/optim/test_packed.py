@@ -37,6 +37,26 @@ def test_split_join_sampled(rounding):
     assert weight[~number].isnan().all()
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_exhaustive(rounding):
+    """Every number of 32 bits comes back, and NaN stays NaN."""
+    weight, residue = halves(1 << 24)
+    away = 0
+    for start in range(-1 << 31, 1 << 31, 1 << 24):
+        pattern = torch.arange(start, start + (1 << 24), dtype=torch.int32)
+        master = pattern.view(torch.float32)
+        ties = bits.split_(master, [weight], residue, rounding)
+        ties = NO_TIES if ties is None else ties
+        back = bits.join([weight], residue, ties, torch.empty_like(master))
+        nan = master.isnan()
+        assert bool(((back.view(torch.int32) == pattern) | nan).all()), start
+        assert bool(((back.isnan() & weight.isnan()) == nan).all()), start
+        cast = master.to(torch.bfloat16)
+        away += int(((weight.view(torch.int16) != cast.view(torch.int16)) & ~nan).sum())
+    assert away == {"rna": 32_640, "rne": 0}[rounding]
+
+
 def test_rne_equals_cast():
     master = edge_masters()
     master = master[~master.isnan()]

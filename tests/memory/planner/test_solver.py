@@ -25,10 +25,10 @@ from .instances import best, least_budget, random_chain, random_instance
 MS = 1_000_000
 
 
-def test_exact_vs_brute():
-    """300 of the 10,000 instances of benchmarks/memory/planner_solver.py."""
+def exact(seeds):
+    """Solve instances and search them through; how many have a plan, and how many have none."""
     outcomes = {"plan": 0, "none": 0}
-    for seed in range(300):
+    for seed in seeds:
         problem, budget, host_budget = random_instance(Random(seed))
         want = best(problem, budget, host_budget)
         if want is None:
@@ -46,7 +46,16 @@ def test_exact_vs_brute():
         assert plan.proven
         assert plan.bound == plan.time
         outcomes["plan"] += 1
-    assert min(outcomes.values()) > 20  # both happen
+    return outcomes
+
+
+def test_exact_vs_brute():
+    assert min(exact(range(300)).values()) > 20  # both happen
+
+
+@pytest.mark.nightly
+def test_exact_vs_brute_1e4():
+    assert min(exact(range(10_000)).values()) > 600
 
 
 MUTANTS = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ms_memory import Session
 from ms_memory.errors import MemoryFeatureError
 from ms_memory.recompute import activation, norms
+from ms_ops import rms_norm, swiglu
 from support.gpt import gpt, tokens
 from support.gradients import GATED, MATRIX, PLAIN, all_equal, check, run
 from support.mutation import Mutation, assert_caught
@@ -81,20 +82,63 @@ def saved(model, shape, apply=None):
     return kept
 
 
-@pytest.mark.parametrize(("shape", "times"), [(PLAIN, 1), (GATED, 2)])
-def test_bytes_of_activations(shape, times):
-    before = saved(gpt(shape), shape)
-    after = saved(gpt(shape), shape, activation)
-    freed = sum(before.values()) - sum(after.values())
-    assert freed == shape.layers * times * 4 * TOKENS * shape.hidden
-    assert all("mlp" in k for k in before if before[k] != after.get(k, 0))
+def freed(make, shape, apply):
+    """Bytes that a feature frees in every layer, and the modules that keep less."""
+    before, after = saved(make(shape), shape), saved(make(shape), shape, apply)
+    bytes_, rest = divmod(sum(before.values()) - sum(after.values()), shape.layers)
+    assert not rest
+    return bytes_, {name for name in before if before[name] != after.get(name, 0)}
 
 
-def test_bytes_of_norms():
+def test_bytes_gelu():
+    found, where = freed(gpt, PLAIN, activation)
+    assert found == 4 * TOKENS * PLAIN.hidden
+    assert all("mlp" in name for name in where)
+
+
+def test_bytes_swiglu_eager():
+    """The activated gate and its product with the other half."""
+    found, where = freed(gpt, GATED, activation)
+    assert found == 2 * 4 * TOKENS * GATED.hidden
+    assert all("mlp" in name for name in where)
+
+
+class Swiglu(nn.Module):
+    def forward(self, x):
+        return swiglu(x)
+
+
+def fused(shape):
+    model = gpt(shape)
+    for layer in model.layers:
+        layer.mlp.fc1, layer.mlp.act = nn.Linear(shape.width, 2 * shape.hidden), Swiglu()
+    return model
+
+
+def test_bytes_swiglu_fused():
+    found, _ = freed(fused, PLAIN, lambda session: activation(session, "*.mlp.act"))
+    assert found == 4 * TOKENS * PLAIN.hidden
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight)
+
+
+def test_bytes_layernorm():
     """The output and, in fp32 on the CPU, mean and reciprocal deviation, 4 bytes each a token."""
-    before, after = saved(gpt(PLAIN), PLAIN), saved(gpt(PLAIN), PLAIN, norms)
-    freed = sum(before.values()) - sum(after.values())
-    assert freed == PLAIN.layers * 2 * 4 * TOKENS * (PLAIN.width + 2)
+    found, _ = freed(gpt, PLAIN, norms)
+    assert found == 2 * 4 * TOKENS * (PLAIN.width + 2)
+
+
+def test_bytes_rmsnorm():
+    """The output and the reciprocal root mean square."""
+    found, _ = freed(gpt, replace(PLAIN, norm=RMSNorm), norms)
+    assert found == 2 * 4 * TOKENS * (PLAIN.width + 1)
 
 
 def test_parallel_residual():
