@@ -136,6 +136,6 @@ def advise(config: Any) -> str:
     Args:
         config: anything with Megatron's argument names as attributes.
     """
-    from mindspeed.features.memory.report import recompute_report
+    from mindspeed.features.memory.recompute.hints import recompute_report
 
     return recompute_report(vars(config))
