@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -263,3 +264,17 @@ def test_plan_hash_between_ranks():
     assert [code for code, _ in found] == ["E-M31", "E-M31"]
     assert "ranks [1]" in found[0][1]
     assert "ranks [0]" in found[1][1]
+
+
+def test_digests_travel_on_the_device_of_the_group(monkeypatch):
+    """All but gloo send from the device, which a session names by its kind."""
+    module = importlib.import_module("ms_memory.planner.apply")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+        device = Session(nn.Linear(1, 1)).device
+        digest = "ab" * 32
+        assert module._digests(digest, dist.group.WORLD, device) == {0: digest}
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()

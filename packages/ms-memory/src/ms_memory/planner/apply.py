@@ -82,9 +82,9 @@ def _layers(plan: Plan, prefix: str = "") -> list[str]:
     return [site for site in sites if site not in (BEFORE, AFTER)]
 
 
-def _digests(digest: str, group: dist.ProcessGroup, device: object) -> dict[int, str]:
+def _digests(digest: str, group: dist.ProcessGroup, device: Device) -> dict[int, str]:
     """Return the digest of every rank of the group."""
-    on = torch.device("cpu") if dist.get_backend(group) == "gloo" else torch.device(str(device))
+    on = torch.device("cpu" if dist.get_backend(group) == "gloo" else device.name)
     mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=on)
     all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_of_them, mine, group=group)
